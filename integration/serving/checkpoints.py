@@ -1,0 +1,137 @@
+"""Copies of a checkpoint with something changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FILE = "model.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """The parts of a checkpoint, to be changed in place."""
+
+    tensors: dict[str, torch.Tensor]
+    config: dict
+    hf_quant_config: dict
+
+    @property
+    def quantization(self) -> dict:
+        """What ModelOpt wrote into config.json."""
+        return self.config["quantization_config"]
+
+    @property
+    def legacy(self) -> dict:
+        """What ModelOpt wrote into hf_quant_config.json."""
+        return self.hf_quant_config["quantization"]
+
+    def set_both(self, field: str, value: object) -> None:
+        """Change a field that both descriptions have."""
+        self.quantization[field] = self.legacy[field] = value
+
+
+Edit = Callable[[Checkpoint], None]
+
+
+def edited(source: Path, target: Path, edit: Edit, shards: int = 1) -> Path:
+    """Write a changed copy of ``source`` to the new folder ``target``, split into ``shards`` files."""
+    parts = Checkpoint(load_file(source / FILE), _json(source / "config.json"), _json(source / "hf_quant_config.json"))
+    edit(parts)
+    target.mkdir()
+    for path in source.iterdir():
+        if path.name not in (FILE, "config.json", "hf_quant_config.json"):
+            shutil.copyfile(path, target / path.name)
+    (target / "config.json").write_text(json.dumps(parts.config))
+    if parts.hf_quant_config:
+        (target / "hf_quant_config.json").write_text(json.dumps(parts.hf_quant_config))
+    tensors = {name: tensor.contiguous() for name, tensor in parts.tensors.items()}
+    if shards == 1:
+        save_file(tensors, target / FILE, metadata={"format": "pt"})
+        return target
+    index = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        shard = dict(list(tensors.items())[number::shards])
+        save_file(shard, target / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+    (target / f"{FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return target
+
+
+def to_compressed_tensors(parts: Checkpoint) -> None:
+    """The same numbers as llm-compressor would store them: other names, and reciprocal global scales."""
+    renamed = {}
+    for name, tensor in parts.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if f"{module}.weight_scale_2" not in parts.tensors:
+            renamed[name] = tensor
+        elif leaf == "weight":
+            renamed[f"{module}.weight_packed"] = tensor
+        elif leaf == "weight_scale":
+            renamed[name] = tensor
+        else:
+            new = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}[leaf]
+            renamed[f"{module}.{new}"] = tensor.reciprocal().reshape(1)
+    parts.tensors = renamed
+    four_bits = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "symmetric": True,
+        "scale_dtype": "torch.float8_e4m3fn",
+    }
+    group = {
+        "targets": ["Linear"],
+        "format": "nvfp4-pack-quantized",
+        "weights": {**four_bits, "dynamic": False, "observer": "memoryless_minmax"},
+        "input_activations": {**four_bits, "dynamic": "local", "observer": "static_minmax"},
+    }
+    parts.config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [name for name in parts.quantization["ignore"] if name != "model.embed_tokens"],
+    }
+    parts.hf_quant_config.clear()
+
+
+def quantize_lm_head(parts: Checkpoint) -> None:
+    """Give the output matrix NVFP4 values, and take it off the exclude lists."""
+    from moe_backend_plugin.nvfp4.format import quantize
+
+    made = quantize(parts.tensors["lm_head.weight"])
+    parts.tensors |= {
+        "lm_head.weight": made.packed,
+        "lm_head.weight_scale": made.scale,
+        "lm_head.weight_scale_2": made.scale_2,
+        "lm_head.input_scale": torch.tensor(1.0),
+    }
+    parts.quantization["ignore"].remove("lm_head")
+    parts.legacy["exclude_modules"].remove("lm_head")
+
+
+def round_lm_head(parts: Checkpoint) -> None:
+    """The values that :func:`quantize_lm_head` stores, in bfloat16."""
+    from moe_backend_plugin.nvfp4.format import quantize
+
+    parts.tensors["lm_head.weight"] = quantize(parts.tensors["lm_head.weight"]).dequantize(torch.bfloat16)
+
+
+def double_gates(parts: Checkpoint) -> None:
+    """Twice the global scale for every expert's gate: gate and up then differ in it."""
+    for name in parts.tensors:
+        if ".experts." in name and name.endswith("gate_proj.weight_scale_2"):
+            parts.tensors[name] = parts.tensors[name] * 2
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text())

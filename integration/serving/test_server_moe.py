@@ -1,0 +1,110 @@
+"""A mixture-of-experts model behind ``vllm serve --config deploy/vllm-cpu.yaml``: what a user's first server must do."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .answers import assert_same_answers, complete, complete_together, mixed_requests
+from .process import tail, until
+from .server import Server
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+PROMPT = "class Stack:\n    def __init__(self):"
+
+
+@pytest.fixture(scope="module")
+def server(logs: Path) -> Iterator[Server]:
+    server = Server(["--config", "deploy/vllm-cpu.yaml", "--max-model-len", "2048"], logs / "server-moe.log")
+    try:
+        yield server.ready()
+    finally:
+        server.terminate()
+
+
+def test_plugin_serves_the_experts(server: Server) -> None:
+    assert "NVFP4 moe layers" in server.text() and "NVFP4 linear layers" in server.text(), tail(server.log)
+
+
+def test_completes_python(server: Server) -> None:
+    answer = complete(server, PROMPT, 48)
+    assert "self." in answer.text, answer.text
+
+
+def test_streaming_equals_non_streaming(server: Server) -> None:
+    whole = complete(server, PROMPT, 64)
+    stream = server.client.completions.create(
+        model=server.model, prompt=PROMPT, max_tokens=64, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    parts = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(parts) > 8, f"came in {len(parts)} parts"
+    assert "".join(parts) == whole.text
+
+
+def test_logprobs_are_those_of_greedy_decoding(server: Server) -> None:
+    answer = complete(server, PROMPT, 16)
+    for token, top in zip(answer.tokens, answer.top, strict=True):
+        first, second = sorted(top.values(), reverse=True)[:2]
+        assert top[token] == first, f"{token} is not the likeliest of {top}"
+        assert second <= first <= 0
+
+
+def test_logprobs_of_the_prompt(server: Server) -> None:
+    """What an evaluation harness asks for: the prompt echoed with a log-probability for each token but the first."""
+    answer = server.client.completions.create(model=server.model, prompt=PROMPT, max_tokens=1, temperature=0, logprobs=1, echo=True)
+    found = answer.choices[0].logprobs
+    assert "".join(found.tokens).startswith(PROMPT)
+    assert found.token_logprobs[0] is None and all(value <= 0 for value in found.token_logprobs[1:])
+
+
+def test_64_concurrent_requests_answer_as_when_sent_alone(server: Server) -> None:
+    requests = mixed_requests(64)
+    alone = [complete(server, *request) for request in requests]
+    together, most = complete_together(server, requests)
+    assert most >= 32, f"at most {most:.0f} requests ran at one moment: this was no test of a batch"
+    assert_same_answers(alone, together, requests)
+
+
+def open_streams(server: Server, count: int) -> list:
+    """Streams that would go on for 1,900 tokens each, opened at once and all seen to bring text."""
+
+    def open_one(number: int):
+        prompt = f"{PROMPT}\n        self.size{number} ="
+        stream = server.client.completions.create(
+            model=server.model, prompt=prompt, max_tokens=1900, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        return stream
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(open_one, range(count)))
+
+
+def test_clients_that_leave_free_their_requests(server: Server) -> None:
+    before = server.metric("vllm:generation_tokens_total")
+    streams = open_streams(server, 8)
+    assert server.requests() == 8
+    for stream in streams:
+        stream.close()
+    until("the end of requests whose clients left", lambda: server.requests() == 0, 30, lambda: tail(server.log))
+    generated = server.metric("vllm:generation_tokens_total") - before
+    assert generated < 8 * 1900, "the requests ran to their end: leaving did not abort them"
+    assert "self." in complete(server, PROMPT, 32).text
+
+
+def test_sigterm_while_busy_ends_every_process(server: Server) -> None:
+    """Last in this file: the server is gone afterwards."""
+    open_streams(server, 16)
+    assert server.requests() == 16
+    assert len(server.family()) > 1, "the server has no engine process of its own?"
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    status = server.wait(60)
+    print(f"ended {time.monotonic() - start:.1f} s after SIGTERM with status {status}")
+    until("the end of the server's processes", lambda: not server.family(), 10, lambda: f"{server.family()}\n{tail(server.log)}")

@@ -1,0 +1,44 @@
+"""Other checkpoints and settings through the engine: compressed-tensors, a quantised output matrix, W4A4."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .checkpoints import edited, quantize_lm_head, round_lm_head, to_compressed_tensors
+from .engines import EngineHost, Score
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def baseline(engines: EngineHost, once: Callable, moe_model: Path) -> Score:
+    return once(("score", "moe_model"), lambda: engines.score(moe_model))
+
+
+def test_compressed_tensors_checkpoint_scores_as_modelopts(engines: EngineHost, baseline: Score, moe_model: Path, tmp_path: Path) -> None:
+    found = engines.score(edited(moe_model, tmp_path / "model", to_compressed_tensors))
+    print(f"mean logprob difference {found.difference(baseline):.6f}")
+    # The reciprocal of a reciprocal may differ in the last float32 bit; the rest is the same arithmetic.
+    assert found.difference(baseline) < 0.002
+
+
+def test_quantised_output_matrix(engines: EngineHost, baseline: Score, moe_model: Path, tmp_path: Path) -> None:
+    quantised = engines.score(edited(moe_model, tmp_path / "nvfp4", quantize_lm_head))
+    rounded = engines.score(edited(moe_model, tmp_path / "bf16", round_lm_head))
+    print(f"to the same values in bf16: {quantised.difference(rounded):.5f}; to the original: {quantised.difference(baseline):.5f}")
+    assert quantised.difference(rounded) < 0.02 and quantised.agreement(rounded) >= 0.98
+    assert quantised.difference(rounded) < quantised.difference(baseline) / 2, "as near to the unquantised matrix: was it used?"
+
+
+def test_activations_in_nvfp4(engines: EngineHost, baseline: Score, moe_model: Path) -> None:
+    """The checkpoint's static input scales in use: other numbers, nearly as good a model."""
+    settings = {"moe": {"activations": "nvfp4"}, "linear": {"activations": "nvfp4"}}
+    found = engines.score(moe_model, additional_config={"moe_backend_plugin": settings})
+    ratio = math.exp(baseline.mean - found.mean)
+    print(f"perplexity with W4A4 {math.exp(-found.mean):.4f}, with W4A16 {math.exp(-baseline.mean):.4f}")
+    assert math.isfinite(found.mean) and ratio < 1.15, f"perplexity is {ratio:.3f} times that of W4A16"
+    assert found.difference(baseline) > 0.01, "the same numbers as without: the setting had no effect"

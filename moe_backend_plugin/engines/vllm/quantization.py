@@ -1,0 +1,87 @@
+"""``--quantization nvfp4_cutedsl``: which method serves which layer of an NVFP4 checkpoint.
+
+vLLM already reads the descriptions that ModelOpt and compressed-tensors write: exclusions, name mappings, KV-cache
+scales, layers in other formats.  Each class in :mod:`.configs` therefore *is* vLLM's own configuration class and
+changes one decision: an NVFP4 linear or MoE layer goes to this package where it has a provider for it.
+
+This module is imported in every vLLM process at start and stays light: it holds only the class that vLLM looks up by
+name, which picks the right one of those classes once a checkpoint's description is known.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from ...errors import CheckpointError, ConfigError
+from . import QUANTIZATION
+
+ENGINE_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "compressed-tensors")
+"""vLLM's own names for the checkpoints that this package serves."""
+
+
+@register_quantization_config(QUANTIZATION)
+class Nvfp4CuteDslConfig(QuantizationConfig):
+    """The class behind the name; never instantiated: :meth:`from_config` returns one of :mod:`.configs`."""
+
+    def __init__(self) -> None:
+        # vLLM comes here when the checkpoint describes no quantisation at all.
+        raise CheckpointError(
+            f"--quantization {QUANTIZATION}",
+            "a checkpoint without a quantisation description (no quantization_config in config.json, no hf_quant_config.json)",
+            "an NVFP4 checkpoint from ModelOpt or compressed-tensors; `moe-backend quantize MODEL OUT` makes one from a bf16 model",
+        )
+
+    def get_name(self) -> str:
+        return QUANTIZATION
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.half]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        # vLLM merges hf_quant_config.json into the model's configuration before it asks; nothing else is read.
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        from .configs import config_class
+
+        return config_class(config).from_config(config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None) -> str | None:
+        """Claim the checkpoint when the user named this method, or when the configuration file says so.
+
+        Raises:
+            ConfigError: the file claims NVFP4 checkpoints and the command line names another method.
+        """
+        from ...config import load_config
+        from ...nvfp4.scheme import parse_scheme
+
+        config = load_config()
+        if user_quant == QUANTIZATION:
+            return QUANTIZATION
+        if not config.take_nvfp4_checkpoints:
+            return None
+        try:
+            parse_scheme(hf_quant_cfg or {})
+        except CheckpointError:
+            return None  # Not NVFP4: none of our business.
+        if user_quant is not None:
+            raise ConfigError(
+                "take_nvfp4_checkpoints together with --quantization",
+                f"true and {user_quant!r}",
+                f"one of the two: drop the flag (or say {QUANTIZATION}), or set take_nvfp4_checkpoints to false",
+            )
+        return QUANTIZATION
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> None:
+        raise NotImplementedError("use from_config")

@@ -1,0 +1,1 @@
+"""Gated-delta-net decode: slots (engine indices to split-pool indices), the reference, the operators."""

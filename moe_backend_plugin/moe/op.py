@@ -1,0 +1,116 @@
+"""The torch operator ``moe_backend_plugin::nvfp4_moe``: one NVFP4 MoE layer call, opaque to torch.compile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..errors import PluginError
+from ..nvfp4.unscaled import check_shapes
+from .cpu import fused_moe_cpu
+from .problem import Activation
+
+SCHEMA = (
+    "nvfp4_moe(Tensor x, Tensor w13, Tensor w13_scale, Tensor w13_scale_2, Tensor w2, Tensor w2_scale, Tensor w2_scale_2, "
+    "Tensor topk_weights, Tensor topk_ids, str activation, float alpha, float beta, float? limit, "
+    "bool apply_router_weight_on_input=False, Tensor? expert_map=None, Tensor? w13_input_scale=None, Tensor? w2_input_scale=None"
+    ") -> Tensor"
+)
+
+# define/impl instead of torch.library.custom_op: its Python wrapper costs tens of microseconds a call, in every layer.
+_library = torch.library.Library("moe_backend_plugin", "FRAGMENT")
+_library.define(SCHEMA)
+
+_activation = lru_cache(Activation)
+
+
+def _check(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids, gated, w13_input_scale, w2_input_scale) -> None:
+    check_shapes(w13, w13_scale)
+    check_shapes(w2, w2_scale)
+    if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise PluginError("x", f"{x.dtype} {list(x.shape)}", "bfloat16, float16 or float32 [M, H]")
+    if w2.ndim != 3 or w13.ndim != 3:
+        raise PluginError("w13, w2", f"{list(w13.shape)}, {list(w2.shape)}", "[E, R, H/2], [E, H, I/2]")
+    experts, hidden, width = w2.shape[0], x.shape[1], w2.shape[2] * 2
+    halves = 2 if gated else 1
+    if w2.shape[1] != hidden or w13.shape != (experts, halves * width, hidden // 2):
+        allowed = f"[E, {halves}I, H/2] and [E, H, I/2] with H = {hidden}"
+        raise PluginError("w13, w2", f"{list(w13.shape)}, {list(w2.shape)}", allowed)
+    if w13_scale_2.numel() != experts * halves or w2_scale_2.numel() != experts:
+        allowed = f"[{experts}, {halves}], [{experts}]"
+        raise PluginError("w13_scale_2, w2_scale_2", f"{list(w13_scale_2.shape)}, {list(w2_scale_2.shape)}", allowed)
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
+        raise PluginError("topk_weights, topk_ids", f"{list(topk_weights.shape)}, {list(topk_ids.shape)}", f"[{x.shape[0]}, k], both")
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        raise PluginError("topk_ids", str(topk_ids.dtype), "int32, int64")
+    if (w13_input_scale is None) != (w2_input_scale is None):
+        raise PluginError("w13_input_scale, w2_input_scale", "one of them", "both, or none")
+
+
+def _cpu(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w13_scale_2: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_scale_2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+    w13_input_scale: Tensor | None = None,
+    w2_input_scale: Tensor | None = None,
+) -> Tensor:
+    function = _activation(activation, alpha, beta, limit)
+    weights = (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)
+    _check(x, *weights, topk_weights, topk_ids, function.gated, w13_input_scale, w2_input_scale)
+    return fused_moe_cpu(
+        *(x, *weights, topk_weights, topk_ids, function),
+        *(apply_router_weight_on_input, expert_map, w13_input_scale, w2_input_scale),
+    )
+
+
+def _fake(x: Tensor, *_: object, **__: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_library.impl("nvfp4_moe", _cpu, "CPU")
+torch.library.register_fake("moe_backend_plugin::nvfp4_moe", _fake, lib=_library)
+
+_op = torch.ops.moe_backend_plugin.nvfp4_moe.default
+
+
+def nvfp4_moe(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w13_scale_2: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_scale_2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: Activation,
+    *,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+    w13_input_scale: Tensor | None = None,
+    w2_input_scale: Tensor | None = None,
+) -> Tensor:
+    """One MoE layer; shapes, dtypes and the rules for bad input are those of :func:`.reference.fused_moe`.
+
+    With both input scales, activations are rounded to NVFP4 too (W4A4). Without ``expert_map`` the ids are those of the
+    E experts given. Returns a new tensor like ``x``. Raises PluginError (a ValueError) on shapes or dtypes that disagree.
+    """
+    return _op(
+        *(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids),
+        *(activation.kind, activation.alpha, activation.beta, activation.limit),
+        *(apply_router_weight_on_input, expert_map, w13_input_scale, w2_input_scale),
+    )

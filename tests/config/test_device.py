@@ -1,0 +1,132 @@
+"""The device query with a stand-in for NVML, and the choice of a provider."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moe_backend_plugin.config import PluginConfig
+from moe_backend_plugin.device import LAYER_KINDS, Choice, Device, choose_provider, find_device
+from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
+
+CPU = Device("cpu", "some processor", 1 << 34)
+H100 = Device("cuda", "NVIDIA H100", 80 << 30, (9, 0))
+GPUS = [("GPU-aaaa-1", "NVIDIA H100", (9, 0)), ("GPU-bbbb-2", "NVIDIA B200", (10, 0)), ("GPU-cccc-3", "NVIDIA B300", (10, 3))]
+
+
+class FakeNvml:
+    """The few NVML calls that are used, over a list of GPUs."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, gpus, works=True, has_memory=True):
+        self.gpus, self.works, self.has_memory, self.open = gpus, works, has_memory, 0
+
+    def nvmlInit(self):
+        if not self.works:
+            raise self.NVMLError("Driver Not Loaded")
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return self.gpus[index]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        raise self.NVMLError("Not Found")
+
+    def nvmlDeviceGetUUID(self, gpu):
+        return gpu[0]
+
+    def nvmlDeviceGetName(self, gpu):
+        return gpu[1]
+
+    def nvmlDeviceGetCudaComputeCapability(self, gpu):
+        return gpu[2]
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        if not self.has_memory:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(total=80 << 30)
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def install(**options):
+        fake = FakeNvml(**{"gpus": GPUS, **options})
+        monkeypatch.setitem(sys.modules, "pynvml", fake)
+        return fake
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("visible", "arch"),
+    [(None, "sm90"), ("1", "sm100"), ("2,0", "sm103"), ("GPU-bbbb", "sm100"), ("", "cpu"), ("-1", "cpu"), ("9", "cpu"), ("MIG-x", "cpu")],
+)
+def test_first_visible_gpu(nvml, monkeypatch, visible, arch):
+    fake = nvml()
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert find_device().arch == arch
+    assert fake.open == 0
+
+
+def test_device_facts(nvml):
+    nvml()
+    assert find_device() == H100
+    assert find_device("cpu").kind == "cpu"
+    nvml(has_memory=False)
+    assert find_device().memory == 0
+
+
+def test_no_gpu(nvml):
+    nvml(works=False)
+    assert find_device().kind == "cpu" and find_device().name and find_device().memory > 0
+    forced = find_device("cuda")
+    assert forced.arch == "cuda" and "Driver Not Loaded" in forced.note
+
+
+def test_without_pynvml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert find_device().kind == "cpu"
+    assert "nvidia-ml-py" in find_device("cuda").note
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_cpu_uses_torch_ops(kind):
+    choice = choose_provider(kind, CPU, PluginConfig(strict=True))
+    assert choice.provider == "torch" and choice.missing == () and "cpu" in choice.reason
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_cuda_uses_the_engine_and_says_why(kind):
+    choice = choose_provider(kind, H100, PluginConfig())
+    assert choice.provider == "engine" and "sm90" in choice.reason and len(choice.missing) == 1
+    asked = choose_provider(kind, H100, PluginConfig(**{kind: {"provider": "torch"}}))
+    assert asked.provider == "torch" and "not for speed" in asked.reason
+
+
+def test_engine_on_cpu_warns():
+    choice = choose_provider("moe", CPU, PluginConfig(moe={"provider": "engine"}, strict=True))
+    assert choice == Choice("engine", "moe.provider is engine; vLLM has no NVFP4 kernel for CPU and stops at start-up", ())
+
+
+def test_strict_refuses_the_engine():
+    with pytest.raises(UnsupportedLayerError, match=r"model.layers.0.mlp.experts: .*sm90.*strict: false"):
+        choose_provider("moe", H100, PluginConfig(strict=True), where="model.layers.0.mlp.experts")
+    assert choose_provider("moe", H100, PluginConfig(strict=True, moe={"provider": "torch"})).provider == "torch"
+
+
+def test_unknown_layer_kind():
+    with pytest.raises(ConfigError, match="attention"):
+        choose_provider("attention", CPU, PluginConfig())

@@ -1,0 +1,80 @@
+"""Against the kernels that vLLM's CPU backend runs (bf16 inputs, the [K, V] state order)."""
+
+import pytest
+import torch
+from gdn_cases import clone_pool, make_case, make_pool, run_op, run_reference
+
+from moe_backend_plugin.gdn.slots import PoolLayout, from_vllm_decode, from_vllm_spec
+
+ops = pytest.importorskip("vllm._custom_ops", reason="vllm is not installed: its CPU kernels cannot be compared", exc_type=ImportError)
+NAMES = ("fused_sigmoid_gating_delta_rule_update_cpu", "fused_sigmoid_gating_delta_rule_update_spec_cpu")
+pytestmark = pytest.mark.skipif(
+    not all(hasattr(ops, name) and hasattr(torch.ops._C, name) for name in NAMES), reason="this build of vllm has no CPU GDN kernels"
+)
+
+# Their kernel works with bf16 intermediates: an element of a state of size 1 differs by up to 5e-3 even where the pool is fp32.
+STATE = dict(atol=3.2e-2, rtol=1.6e-2)
+OUT = dict(atol=4e-3, rtol=1.6e-2)
+
+
+def heads(case):
+    q, k, v = (x.contiguous() for x in case.heads())
+    return q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("HQ,HV,n", [(2, 4, 8), (4, 4, 1), (1, 8, 3)])
+def test_decode(dtype, HQ, HV, n):
+    case = make_case(n, HQ, HV, 128, 128, torch.bfloat16)
+    pool = make_pool(n + 3, HV, 128, 128, dtype, gap=4096)
+    index = torch.randperm(n + 2)[:n].int() + 1
+    slots = from_vllm_decode(index, n, PoolLayout.of(pool, "KV"))
+    theirs, ours, truth = clone_pool(pool), clone_pool(pool), clone_pool(pool)
+    q, k, v = (x[None] for x in heads(case))
+    expected = ops.fused_sigmoid_gating_delta_rule_update_cpu(
+        A_log=case.A_log,
+        dt_bias=case.dt_bias,
+        q=q,
+        k=k,
+        v=v,
+        a=case.a,
+        b=case.b,
+        initial_state_source=theirs.view(n + 3, HV, 128, 128),
+        initial_state_indices=index,
+        cu_seqlens=torch.arange(n + 1, dtype=torch.int32),
+        use_qk_l2norm_in_kernel=True,
+    ).reshape(n, HV, 128)
+    torch.testing.assert_close(run_op(case, ours, slots), expected, **OUT)
+    torch.testing.assert_close(run_reference(case, truth, slots), expected, **OUT)
+    torch.testing.assert_close(ours, theirs, **STATE)
+    torch.testing.assert_close(truth, theirs, **STATE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [3, 1, 2]])
+def test_speculative(dtype, lengths):
+    n, columns, HQ, HV = 3, 3, 2, 4
+    case = make_case(sum(lengths), HQ, HV, 128, 128, torch.bfloat16)
+    pool = make_pool(n * columns + 1, HV, 128, 128, dtype, gap=4096)
+    index = (torch.randperm(n * columns) + 1).view(n, columns).int()
+    accepted = torch.tensor([1, 3, 2], dtype=torch.int32)
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    slots = from_vllm_spec(index, accepted, cu, PoolLayout.of(pool, "KV"), check=True)
+    theirs, ours = clone_pool(pool), clone_pool(pool)
+    q, k, v = heads(case)
+    expected = ops.fused_sigmoid_gating_delta_rule_update_spec_cpu(
+        A_log=case.A_log,
+        dt_bias=case.dt_bias,
+        q=q,
+        k=k,
+        v=v,
+        a=case.a,
+        b=case.b,
+        initial_state_source=theirs.view(pool.shape[0], HV, 128, 128),
+        spec_state_indices=index,
+        num_accepted_tokens=accepted,
+        cu_seqlens=cu,
+        use_qk_l2norm_in_kernel=True,
+    )
+    torch.testing.assert_close(run_op(case, ours, slots), expected.reshape(-1, HV, 128), **OUT)
+    torch.testing.assert_close(ours, theirs, **STATE)
