@@ -21,8 +21,8 @@ LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
 # What the engines run on each architecture without this package.
 _ENGINE_PATHS = {
-    ("moe", "sm90"): "Marlin",
-    ("linear", "sm90"): "Marlin",
+    ("moe", "sm90"): "Humming or Marlin",
+    ("linear", "sm90"): "Humming or Marlin",
     ("moe", "sm100"): "FlashInfer or CUTLASS",
     ("linear", "sm100"): "FlashInfer or CUTLASS",
     ("moe", "sm103"): "FlashInfer or CUTLASS",

@@ -165,9 +165,13 @@ def score_transformers(
 ) -> Scores:
     """Score windows of token ids with transformers; the first token of a window only gives context."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="auto" if device == "cuda" else "cpu").eval()
+    try:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map="auto" if device == "cuda" else "cpu").eval()
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(str(model), f"a model that transformers cannot load ({error})", "a causal language model") from None
     logprobs: list[float] = []
     top1: list[int] = []
     with torch.inference_mode():
@@ -201,7 +205,8 @@ def score_vllm(model: Path, windows: Sequence[Sequence[int]], quantization: str 
 
 def _cause(log: str) -> str:
     """The line that says what went wrong: the first exception of the log, since later ones only report that a process ended."""
-    lines = [re.sub(r"^\(\w+ pid=\d+\)\s*|^(ERROR|WARNING) [\d:. -]+\[[^]]*\]\s*", "", line).strip() for line in log.splitlines()]
+    prefix = re.compile(r"^(\(\w+ pid=\d+\)\s*)?((ERROR|WARNING) [\d:. -]+\[[^]]*\])?\s*")
+    lines = [prefix.sub("", line).strip() for line in log.splitlines()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b.*: ", line)]
     return errors[0] if errors else next((line for line in reversed(lines) if line), "no output")
 

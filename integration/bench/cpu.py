@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stamp import ROOT, processor, stamp  # noqa: E402
 
+MARK = "result: "
 PROMPTS = [
     "class Stack:\n    def __init__(self):",
     "import os\nimport sys\n\ndef main(",
@@ -71,7 +72,9 @@ def serve_once(model: str, quantization: str | None, batch: int, tokens: int) ->
 def child(model: str, quantization: str, batch: int, tokens: int) -> dict:
     command = [sys.executable, __file__, "--child", model, quantization, str(batch), str(tokens)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM logs to stdout as well, also after the result.
+    result = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
+    return json.loads(result.removeprefix(MARK))
 
 
 def main() -> None:
@@ -86,15 +89,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         model, quantization, batch, tokens = arguments.child
-        print(json.dumps(serve_once(model, quantization or None, int(batch), int(tokens))))
+        print(MARK + json.dumps(serve_once(model, quantization or None, int(batch), int(tokens))))
         return
 
-    from moe_backend_plugin.verify import dequantized_model
+    from moe_backend_plugin.verify import dequantize_checkpoint
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for index, nvfp4 in enumerate(arguments.nvfp4):
-            bf16 = arguments.bf16[index] if arguments.bf16 else str(dequantized_model(nvfp4, Path(scratch) / f"bf16-{index}"))
+            bf16 = arguments.bf16[index] if arguments.bf16 else str(dequantize_checkpoint(nvfp4, Path(scratch) / f"bf16-{index}"))
             runs: dict[str, list[dict]] = {"plugin": [], "vllm-bf16": []}
             for _ in range(arguments.rounds):
                 runs["plugin"].append(child(nvfp4, "nvfp4_cutedsl", arguments.batch, arguments.tokens))

@@ -1,10 +1,14 @@
-"""The helper process that runs vLLM's engine for tests: engines one after the other, imports once.
+"""The helper process that runs vLLM's engine for tests: imports vLLM once, then forks for every engine.
+
+vLLM 0.32 cannot always build a second engine in one process (its CPU kernels are registered anew each time, over
+whatever was imported since), and no test should see what another one left behind.  A fork of a process that has done
+nothing but import starts clean and in no time.
 
 Reads one JSON request a line from standard input and writes one JSON answer a line to the descriptor given as its
 argument.  Standard output is vLLM's: it logs there.
 
 ``{"op": "engine", "model": ..., "args": {...}, "env": {...}, "jobs": [...]}``
-    build an engine in this process, run the jobs, tear it down.  Jobs: ``{"generate": [prompts], "tokens": n}`` and
+    build an engine, run the jobs, tear it down.  Jobs: ``{"generate": [prompts], "tokens": n}`` and
     ``{"score": windows, "length": n}`` (log-probability of every token of the standard library's text, in windows).
 ``{"op": "config", "model": ..., "args": {...}, "env": {...}}``
     only what an API server does before it starts a process: read the arguments, make the configuration.
@@ -14,27 +18,13 @@ Answers: ``{"ok": ...}``, or ``{"error": type, "message": text}``.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
 import traceback
-from contextlib import contextmanager
 
 # The engine core shares this process: no second import of torch and vLLM for each engine.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-
-@contextmanager
-def environment(values: dict[str, str]):
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        # vLLM leaves variables behind for its own children; the next engine starts as the first one did.
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def generate(llm, job: dict) -> dict:
@@ -64,18 +54,12 @@ def score(llm, job: dict) -> dict:
 
 def engine(request: dict) -> list[dict]:
     from vllm import LLM
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    llm = None
+    llm = LLM(request["model"], **request["args"])
     try:
-        llm = LLM(request["model"], **request["args"])
         return [generate(llm, job) if "generate" in job else score(llm, job) for job in request["jobs"]]
     finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+        llm.llm_engine.engine_core.shutdown()
 
 
 def config(request: dict) -> dict:
@@ -88,19 +72,37 @@ def config(request: dict) -> dict:
     }
 
 
+def answer(request: dict) -> dict:
+    os.environ.update(request["env"])
+    try:
+        return {"ok": {"engine": engine, "config": config}[request["op"]](request)}
+    except Exception as error:
+        # Whatever an engine raises is the answer.
+        traceback.print_exc()
+        return {"error": type(error).__name__, "message": str(error)}
+
+
 def main() -> None:
-    answers = os.fdopen(int(sys.argv[1]), "w")
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    answers = int(sys.argv[1])
     for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            with environment(request.get("env", {})):
-                answer = {"ok": {"engine": engine, "config": config}[request["op"]](request)}
-        except Exception as error:  # noqa: BLE001  whatever an engine raises is the answer
-            traceback.print_exc()
-            answer = {"error": type(error).__name__, "message": str(error)}
-            del error
-        gc.collect()
-        print(json.dumps(answer), file=answers, flush=True)
+        sys.stdout.flush()
+        child = os.fork()
+        if child:
+            _, status = os.waitpid(child, 0)
+            if status:
+                code = os.waitstatus_to_exitcode(status)
+                os.write(answers, json.dumps({"error": "Died", "message": f"the engine's process ended with {code}"}).encode() + b"\n")
+            continue
+        text = json.dumps(answer(json.loads(line))).encode() + b"\n"
+        with os.fdopen(answers, "wb") as out:
+            out.write(text)
+        sys.stdout.flush()
+        # No clean-up: the exit handlers belong to the process that was forked.
+        os._exit(0)
 
 
 if __name__ == "__main__":

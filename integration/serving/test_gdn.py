@@ -39,9 +39,10 @@ def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None
 def test_ngram_speculation_keeps_the_text(engines: EngineHost, next_model: Path, once: Callable) -> None:
     """Drafts that are rejected must leave no trace in the recurrent state."""
     prompts = python_prompts(8)
-    plain = engines.generate(next_model, prompts, 128)["text"]
+    # On a CPU vLLM 0.32 cannot keep checkpoints of the state for its prefix cache and draft tokens at once.
+    plain = engines.generate(next_model, prompts, 128, enable_prefix_caching=False)["text"]
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    drafted = engines.generate(next_model, prompts, 128, speculative_config=speculation)["text"]
+    drafted = engines.generate(next_model, prompts, 128, enable_prefix_caching=False, speculative_config=speculation)["text"]
     same = sum(a == b for a, b in zip(plain, drafted, strict=True))
     print(f"{same} of {len(prompts)} texts equal with and without speculation")
     assert same >= 7

@@ -14,7 +14,7 @@ app = typer.Typer(help="The plugin's settings.", no_args_is_help=True, rich_mark
 @app.command()
 @command
 def show(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Print the settings of this process and where each came from."""
+    """Print the settings from the file and the environment, and where each came from."""
     from moe_backend_plugin.config import describe, load_config
 
     settings = describe(load_config())

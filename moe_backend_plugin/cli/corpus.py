@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from moe_backend_plugin.cli.output import InputError
+from moe_backend_plugin.cli.output import InputError, first_line
 
 
 def standard_library(part: Literal["calibration", "verification"]) -> list[Path]:
@@ -23,6 +23,18 @@ def standard_library(part: Literal["calibration", "verification"]) -> list[Path]
         raise InputError("standard library", f"no source files in {root}", "a Python with its .py files, or a text file of your own")
     random.Random(0).shuffle(files)
     return files[0::2] if part == "calibration" else files[1::2]
+
+
+def load_tokenizer(model: Path):
+    """The tokenizer of a model folder. Raises InputError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # each tokenizer class raises what it likes
+        raise InputError(
+            str(model), f"a tokenizer that transformers cannot load ({first_line(error)})", "a folder with its tokenizer"
+        ) from None
 
 
 def windows(tokenizer, files: Iterable[Path], length: int, count: int, per_file: int | None = None) -> list[list[int]]:

@@ -49,7 +49,9 @@ def _examine_model(model: Path, config: dict[str, Any], machine) -> dict[str, An
         check = str(error)
         machine.problems.append(f"checkpoint: {error}")
     if machine.device.memory and facts["bytes"] > machine.device.memory:
-        machine.problems.append(f"the weights need {size(facts['bytes'])}, the device has {size(machine.device.memory)}")
+        # Several GPUs may share the weights; a CPU has one memory.
+        findings = machine.problems if machine.device.kind == "cpu" else machine.notes
+        findings.append(f"the weights need {size(facts['bytes'])}, the device has {size(machine.device.memory)}")
     return {"path": str(model), **facts, "check": check, "layers": [asdict(row) for row in layers]}
 
 

@@ -94,3 +94,8 @@ def model_folder(model: Path, name: str = "MODEL") -> dict[str, Any]:
     if not any(model.glob("*.safetensors")):
         raise InputError(name, f"{str(model)!r} without *.safetensors", "a folder that holds the weights as safetensors")
     return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

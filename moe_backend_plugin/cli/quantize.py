@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_backend_plugin.cli.output import InputError, command, model_folder, size
+from moe_backend_plugin.cli.output import InputError, command, first_line, model_folder, size
 
 INSTALL = 'pip install "moe-backend-plugin[quantize]"'
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken")
@@ -95,20 +95,21 @@ def _export(
         warnings.filterwarnings("ignore", message=r"transformers .* is not tested with current version of modelopt")
         import modelopt.torch.quantization as mtq
         from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
-    from moe_backend_plugin.cli.corpus import standard_library, windows
+    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
     hf_logging.disable_progress_bar()
     if device is Target.cuda and not torch.cuda.is_available():
         raise InputError("--device", "cuda, but torch sees no CUDA device", "cpu")
+    tokenizer = load_tokenizer(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
         network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", device_map="auto" if device is Target.cuda else "cpu").eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(
-            "MODEL", f"{str(model)!r}, which transformers cannot load ({_first_line(error)})", "a causal language model"
+            "MODEL", f"{str(model)!r}, which transformers cannot load ({first_line(error)})", "a causal language model"
         ) from None
     forward = None
     if algo is Algo.nvfp4:
@@ -149,7 +150,3 @@ def _check(out: Path) -> Any:
     from moe_backend_plugin.nvfp4.checkpoint import check_checkpoint
 
     return check_checkpoint(str(out), depth="full")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -43,7 +43,11 @@ def verify(
 
 
 def _run(model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, device: str) -> tuple[Any, float | None]:
-    quantized = _is_quantized(model, model_folder(model))
+    config = model_folder(model)
+    quantized = _is_quantized(model, config)
+    longest = config.get("text_config", config).get("max_position_embeddings")
+    if longest and window >= longest:
+        raise InputError("--window", str(window), f"less than the model's {longest} positions")
     if bf16 is not None and _is_quantized(bf16, model_folder(bf16, "--bf16")):
         raise InputError("--bf16", f"{str(bf16)!r}, which is quantised", "the unquantised original")
     for package in ("transformers", "vllm"):
@@ -52,16 +56,15 @@ def _run(model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, d
 
     from rich.console import Console
     from rich.progress import Progress
-    from transformers import AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from moe_backend_plugin.cli.corpus import standard_library, windows
+    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
     from moe_backend_plugin.engines.vllm import QUANTIZATION
     from moe_backend_plugin.verify import compare, dequantize_checkpoint, score_transformers, score_vllm
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    text = windows(AutoTokenizer.from_pretrained(model), standard_library("verification"), window, -(-tokens // (window - 1)), per_file=2)
+    text = windows(load_tokenizer(model), standard_library("verification"), window, -(-tokens // (window - 1)), per_file=2)
     with Progress(console=Console(stderr=True), transient=True) as progress:
 
         def reference(folder: Path, label: str):

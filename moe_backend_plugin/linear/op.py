@@ -16,7 +16,9 @@ _library = torch.library.Library("moe_backend_plugin", "FRAGMENT")
 _library.define(SCHEMA)
 
 
-def _cpu(x: Tensor, packed: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None) -> Tensor:
+def _cpu(
+    x: Tensor, packed: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None = None, input_scale: Tensor | None = None
+) -> Tensor:
     check(x, packed, scale, row_scale, bias)
     rows, columns = packed.shape[0], packed.shape[1] * 2
     inputs = x.reshape(-1, columns).float()

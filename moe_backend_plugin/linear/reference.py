@@ -11,7 +11,12 @@ from ..nvfp4.unscaled import check_shapes, unscaled
 
 
 def nvfp4_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, row_scale: Tensor | float, bias: Tensor | None = None, input_scale: Tensor | float | None = None
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    row_scale: Tensor | float,
+    bias: Tensor | None = None,
+    input_scale: Tensor | float | None = None,
 ) -> Tensor:
     """``x @ w.T + bias`` with ``w = e2m1 * scale * row_scale``.
 

@@ -7,15 +7,16 @@ products; and the router-weighted sum over a token's experts is one ``embedding_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..linear.scratch import SCRATCH_VALUES, scratch
 from ..nvfp4.format import quantize_activations
 from ..nvfp4.unscaled import unscaled
 from .problem import Activation
-from .routing import local_ids
+from .routing import local_list
 
 # The experts' outputs are kept one row a (token, slot) pair before they are summed; longer batches are cut to bound them.
 _PAIR_BYTES = 256 << 20
@@ -56,90 +57,111 @@ def fused_moe_cpu(
         ]
         return torch.cat(blocks)
 
-    experts, top_k = w13.shape[0], topk_ids.shape[1]
-    local = local_ids(topk_ids, experts, expert_map)
-    flat, order = local.view(-1).sort(stable=True)
-    counts = torch.bincount(flat, minlength=experts + 1).tolist()
-    pairs = flat.numel() - counts.pop()
-    if pairs == 0:
+    plan = _plan(local_list(topk_ids, w13.shape[0], expert_map), max(w13[0].numel(), w2[0].numel()) * 2)
+    if not plan.chunks:
         return x.new_zeros(x.shape)
-    chunks = _chunks(counts, max(w13[0].numel(), w2[0].numel()) * 2)
 
-    # Every pair's row among the outputs; row 0 is zero and stands for the pairs of no expert here.
-    first_row, row, start = [0] * (experts + 1), 1, 0
-    for chunk, most in chunks:
-        for e in chunk:
-            first_row[e] = row - start
-            row += most
-            start += counts[e]
-    positions = torch.arange(flat.numel())
-    rows = torch.tensor(first_row)[flat].add_(positions)
-    if pairs < flat.numel():
-        rows[pairs:] = 0
-    row_of_pair = torch.empty_like(rows).scatter_(0, order, rows).view(local.shape)
-    outputs = torch.empty(row, x.shape[1])
-    outputs[0].zero_()
-
-    # w2's global scale joins the router weight: both multiply an expert's finished output.
-    scales = F.pad(w2_scale_2.float(), (0, 1))[local]
+    top_k, hidden, width = topk_ids.shape[1], x.shape[1], w2.shape[2] * 2
     weights = topk_weights.float()
-    if not apply_router_weight_on_input:
-        scales.mul_(weights).masked_fill_(local == experts, 0.0)
-
+    pair_of_row = torch.tensor(plan.pair_of_row)
+    token_of_row = pair_of_row if top_k == 1 else pair_of_row.div(top_k, rounding_mode="floor")
+    # Row 0 of the outputs is zero and stands for the pairs of no expert here.
+    outputs = torch.empty(1 + len(plan.pair_of_row), hidden)
+    outputs[0].zero_()
     w4a4 = w13_input_scale is not None
-    token = order // top_k
-    row, start = 1, 0
-    for chunk, most in chunks:
-        starts = []
-        for e in chunk:
-            starts.append(start)
-            start += counts[e]
-        which = _selection(chunk)
-        shape = (len(chunk), most)
-        # Rows past an expert's own tokens are other pairs' tokens: computed, and never read.
-        at = torch.tensor(starts).unsqueeze(1).add(positions[:most]).clamp_(max=pairs - 1).view(-1)
-        inputs = x.index_select(0, token[at]).float()
-        if apply_router_weight_on_input:
-            inputs = inputs.mul_(weights.reshape(-1)[order[at]].unsqueeze(1)).to(x.dtype).float()
-        inputs = inputs.view(*shape, -1)
-        if w4a4:
-            inputs = quantize_activations(inputs, w13_input_scale.view(experts, -1).amax(1)[which].view(-1, 1, 1))
 
-        h = torch.empty(*shape, w13.shape[1])
+    end = 0
+    for chunk, most in plan.chunks:
+        start, end = end, end + len(chunk) * most
+        which, shape = _selection(chunk), (len(chunk), most, -1)
+        inputs = x.index_select(0, token_of_row[start:end]).float()
+        if apply_router_weight_on_input:
+            inputs = inputs.mul_(weights.reshape(-1)[pair_of_row[start:end]].unsqueeze(1)).to(x.dtype).float()
+        inputs = inputs.view(shape)
+        if w4a4:
+            inputs = quantize_activations(inputs, w13_input_scale.view(w13.shape[0], -1).amax(1)[which].view(-1, 1, 1))
+
+        h = torch.empty(*shape[:2], w13.shape[1])
         _project(inputs, w13, w13_scale, which, h)
-        h.view(*shape, -1, w2.shape[2] * 2).mul_(w13_scale_2.float()[which].view(len(chunk), 1, -1, 1))
+        h.view(*shape[:2], -1, width).mul_(w13_scale_2[which].view(len(chunk), 1, -1, 1))
         h = activation.apply(h)
         if x.dtype != torch.float32:
             h = h.to(x.dtype).float()
         if w4a4:
             h = quantize_activations(h, w2_input_scale[which].view(-1, 1, 1))
-        end = row + len(chunk) * most
-        _project(h, w2, w2_scale, which, outputs[row:end].view(*shape, -1))
-        row = end
-    return F.embedding_bag(row_of_pair, outputs, mode="sum", per_sample_weights=scales).to(x.dtype)
+        out = outputs[1 + start : 1 + end].view(*shape[:2], hidden)
+        _project(h, w2, w2_scale, which, out)
+        out.mul_(w2_scale_2[which].view(-1, 1, 1))
+
+    row_of_pair = torch.tensor(plan.row_of_pair)
+    if apply_router_weight_on_input:
+        weights = torch.ones_like(weights)
+    elif plan.strangers:
+        # The zero row times a NaN weight would be NaN.
+        weights = weights.masked_fill(row_of_pair.view(weights.shape) == 0, 0.0)
+    bags = torch.arange(0, row_of_pair.numel(), top_k)
+    # Positional: no gradient scaling, mode 0 is the sum, not sparse.
+    return torch.embedding_bag(outputs, row_of_pair, bags, False, 0, False, weights.reshape(-1))[0].to(x.dtype)
 
 
-def _chunks(counts: list[int], values: int) -> list[tuple[list[int], int]]:
-    """Groups of active experts, in order of their number, and the rows each expert of a group is padded to.
+@dataclass(frozen=True)
+class _Plan:
+    """Which rows to compute: chunk after chunk, expert after expert, each expert's (token, slot) pairs and then padding.
 
-    ``counts``: pairs of each expert. ``values``: weights of one expert's larger projection. A group's weights fit the
-    scratch buffer (a group of one may not: it is cut by rows), and padding at most doubles its rows, or adds few.
+    ``chunks``: local experts of a chunk, and the rows each of them is padded to. ``pair_of_row``: pair ``token * k + slot``
+    of each row (padding repeats a pair, its result is not read). ``row_of_pair``: 1 + the row of each pair, 0 for a pair of
+    no expert here, of which there are ``strangers``.
+    """
+
+    chunks: list[tuple[list[int], int]]
+    pair_of_row: list[int]
+    row_of_pair: list[int]
+    strangers: int
+
+
+def _plan(local: list[int], values: int) -> _Plan:
+    """``local``: local expert of each pair, -1 for none. ``values``: weights of one expert's larger projection.
+
+    Lists and not tensors: a decoding step has tens of pairs, where each of a dozen torch calls would cost more than all of
+    this; and at 16,384 pairs it is some milliseconds beside seconds of products.
+    """
+    pairs: dict[int, list[int]] = {}
+    for pair, expert in enumerate(local):
+        if expert >= 0:
+            pairs.setdefault(expert, []).append(pair)
+    counts = {expert: len(pairs[expert]) for expert in sorted(pairs)}
+    chunks = _chunks(counts, values)
+    pair_of_row: list[int] = []
+    row_of_pair = [0] * len(local)
+    for chunk, most in chunks:
+        for expert in chunk:
+            own = pairs[expert]
+            for row, pair in enumerate(own, len(pair_of_row) + 1):
+                row_of_pair[pair] = row
+            pair_of_row += own
+            pair_of_row += own[:1] * (most - len(own))
+    return _Plan(chunks, pair_of_row, row_of_pair, len(local) - sum(counts.values()))
+
+
+def _chunks(counts: dict[int, int], values: int) -> list[tuple[list[int], int]]:
+    """Groups of experts, in the order given, and the rows each expert of a group is padded to.
+
+    ``counts``: pairs of each active expert. A group's weights fit the scratch buffer (a group of one may not: it is cut by
+    rows), and padding at most doubles its rows, or adds few.
     """
     most_experts = max(1, SCRATCH_VALUES // values)
     chunks: list[tuple[list[int], int]] = []
     real = 0
-    for e, count in enumerate(counts):
-        if not count:
-            continue
+    for expert, count in counts.items():
         if chunks:
             group, most = chunks[-1]
             wide = max(most, count)
             if len(group) < most_experts and (len(group) + 1) * wide <= 2 * (real + count) + _FREE_PADDING:
-                group.append(e)
+                group.append(expert)
                 chunks[-1] = (group, wide)
                 real += count
                 continue
-        chunks.append(([e], count))
+        chunks.append(([expert], count))
         real = count
     return chunks
 

@@ -26,7 +26,9 @@ _library.define(SCHEMA)
 _activation = lru_cache(Activation)
 
 
-def _check(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids, gated, w13_input_scale, w2_input_scale) -> None:
+def _check(
+    x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids, gated, w13_input_scale, w2_input_scale
+) -> None:
     check_shapes(w13, w13_scale)
     check_shapes(w2, w2_scale)
     if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -52,9 +52,13 @@ class Activation:
         if not (math.isfinite(self.alpha) and math.isfinite(self.beta)):
             raise PluginError("activation alpha, beta", f"{self.alpha}, {self.beta}", "finite numbers")
         if self.kind != "swigluoai" and (self.alpha, self.beta) != (1.0, 0.0):
-            raise PluginError(f"activation {self.kind}", f"alpha {self.alpha}, beta {self.beta}", "alpha 1, beta 0 (only swigluoai has them)")
+            raise PluginError(
+                f"activation {self.kind}", f"alpha {self.alpha}, beta {self.beta}", "alpha 1, beta 0 (only swigluoai has them)"
+            )
         if self.limit is not None and (self.kind == "relu2" or not self.limit > 0):
-            raise PluginError(f"activation {self.kind}", f"limit {self.limit}", "no limit" if self.kind == "relu2" else "a positive limit, or none")
+            raise PluginError(
+                f"activation {self.kind}", f"limit {self.limit}", "no limit" if self.kind == "relu2" else "a positive limit, or none"
+            )
 
     @property
     def gated(self) -> bool:

@@ -18,3 +18,12 @@ def local_ids(topk_ids: Tensor, num_local_experts: int, expert_map: Tensor | Non
         known = (ids >= 0) & (ids < expert_map.numel())
         ids = torch.where(known, expert_map.long()[ids.clamp(0, expert_map.numel() - 1)], -1)
     return torch.where((ids >= 0) & (ids < num_local_experts), ids, num_local_experts)
+
+
+def local_list(topk_ids: Tensor, num_local_experts: int, expert_map: Tensor | None = None) -> list[int]:
+    """:func:`local_ids` as a list of M * k in row order, with -1 where there is none; waits for the tensors."""
+    ids = topk_ids.reshape(-1).tolist()
+    if expert_map is None:
+        return [i if 0 <= i < num_local_experts else -1 for i in ids]
+    known = [i if 0 <= i < num_local_experts else -1 for i in expert_map.tolist()]
+    return [known[i] if 0 <= i < len(known) else -1 for i in ids]

@@ -234,6 +234,7 @@ def test_quantize_refuses(tmp_path, monkeypatch):
 def test_verify_refuses(monkeypatch):
     assert "quantised" in refused("verify", MOE, "--bf16", MOE)
     assert "float32, bfloat16" in refused("verify", MOE, "--reference-dtype", "int8")
+    assert "4096 positions" in refused("verify", MOE, "--window", "4096")
     assert "cpu, cuda" in refused("verify", MOE, "--device", "tpu")
     from moe_backend_plugin.cli import verify
 

@@ -1,0 +1,55 @@
+"""On a GPU: the shipped checkpoints through `--quantization nvfp4_cutedsl` and through vLLM's own method give the same tokens.
+
+    python integration/gpu/engine_path.py
+
+This release hands every layer to vLLM on a GPU, so the two must agree to the token.  Prints one JSON object; exits 1 on a difference.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+MARK = "result: "
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = ["class Stack:\n    def __init__(self):", "import os\nimport sys\n\ndef main(", "def read_lines(path):\n    with open(path) as"]
+
+
+def generate(model: str, quantization: str) -> list[list[int]]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model, quantization=quantization, dtype="bfloat16", max_model_len=1024, enforce_eager=True, gpu_memory_utilization=0.3)
+    done = llm.generate(PROMPTS, SamplingParams(max_tokens=64, temperature=0, ignore_eos=True), use_tqdm=False)
+    return [list(request.outputs[0].token_ids) for request in done]
+
+
+def child(model: str, quantization: str) -> tuple[list[list[int]], list[str]]:
+    run = subprocess.run([sys.executable, __file__, model, quantization], capture_output=True, text=True)
+    text = run.stdout + run.stderr
+    if run.returncode:
+        raise SystemExit(f"{model} with {quantization} failed:\n{text[-6000:]}")
+    said = sorted({line.split("] ", 1)[-1] for line in text.splitlines() if "are served by" in line or "NvFp4" in line or "NVFP4" in line})
+    # vLLM logs to stdout as well, also after the result.
+    result = next(line for line in run.stdout.splitlines() if line.startswith(MARK))
+    return json.loads(result.removeprefix(MARK)), said
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(MARK + json.dumps(generate(*sys.argv[1:])))
+        return
+    report, same = {}, True
+    for name in ("pycoder-moe-nvfp4", "pycoder-next-nvfp4"):
+        model = str(ROOT / "integration" / "models" / name)
+        ours, said = child(model, "nvfp4_cutedsl")
+        theirs, _ = child(model, "modelopt_fp4")
+        report[name] = {"same_tokens": ours == theirs, "log": said}
+        same &= ours == theirs
+    print(json.dumps(report, indent=1))
+    raise SystemExit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()
