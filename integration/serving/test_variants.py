@@ -10,20 +10,28 @@ import pytest
 
 from .checkpoints import edited, quantize_lm_head, round_lm_head, to_compressed_tensors
 from .engines import EngineHost, Score
+from .test_parallel import TOKENS
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def baseline(engines: EngineHost, once: Callable, moe_model: Path) -> Score:
-    return once(("score", "moe_model"), lambda: engines.score(moe_model))
+def whole_baseline(engines: EngineHost, once: Callable, moe_model: Path) -> Score:
+    """The ModelOpt checkpoint as it is; the tests of parallelism compare with it as well, on more text."""
+    return once(("score", "moe_model"), lambda: engines.score(moe_model, tokens=TOKENS))
+
+
+@pytest.fixture
+def baseline(whole_baseline: Score) -> Score:
+    # Windows of 500 tokens, of which 499 are scored: eight of them.
+    return whole_baseline.first(8 * 499)
 
 
 def test_compressed_tensors_checkpoint_scores_as_modelopts(engines: EngineHost, baseline: Score, moe_model: Path, tmp_path: Path) -> None:
     found = engines.score(edited(moe_model, tmp_path / "model", to_compressed_tensors))
     print(f"mean logprob difference {found.difference(baseline):.6f}")
-    # The reciprocal of a reciprocal may differ in the last float32 bit; the rest is the same arithmetic.
-    assert found.difference(baseline) < 0.002
+    # The reciprocal of a reciprocal may differ in the last float32 bit, which moves a few roundings to bfloat16.
+    assert found.difference(baseline) < 0.01 and found.agreement(baseline) >= 0.99
 
 
 def test_quantised_output_matrix(engines: EngineHost, baseline: Score, moe_model: Path, tmp_path: Path) -> None:

