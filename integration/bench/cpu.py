@@ -43,8 +43,9 @@ def expert_memory(model) -> dict:
     held, weights = 0, 0
     for layer in model.modules():
         if isinstance(layer, RoutedExperts):
-            tensors = {id(t): t for t in [*layer.parameters(), *layer.buffers(), *(v for v in vars(layer).values() if isinstance(v, torch.Tensor))]}
-            held += sum(t.numel() * t.element_size() for t in tensors.values())
+            loose = (value for value in vars(layer).values() if isinstance(value, torch.Tensor))
+            tensors = {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers(), *loose)}
+            held += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             weights += layer.w13_weight.numel() * (2 if layer.w13_weight.dtype is torch.uint8 else 1)
             weights += layer.w2_weight.numel() * (2 if layer.w2_weight.dtype is torch.uint8 else 1)
     return {"expert_bytes": held, "expert_weights": weights}
@@ -79,7 +80,8 @@ def child(model: str, quantization: str, batch: int, tokens: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nvfp4", nargs="+", default=[str(ROOT / f"integration/models/{m}-nvfp4") for m in ("pycoder-moe", "pycoder-next")])
+    models = [str(ROOT / "integration/models" / name) for name in ("pycoder-moe-nvfp4", "pycoder-next-nvfp4")]
+    parser.add_argument("--nvfp4", nargs="+", default=models)
     parser.add_argument("--bf16", nargs="+", help="unquantised models, one for each of --nvfp4")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)

@@ -30,6 +30,9 @@ def attributes(owner: str, names: str) -> list[Use]:
 USES: list[Use] = [
     # settings.py reads it with getattr.
     Use("vllm.config.VllmConfig.additional_config"),
+    # Wrapped, so that bad settings stop the engine before anything else happens.
+    Use("vllm.engine.arg_utils.EngineArgs.create_engine_config"),
+    Use("vllm.engine.arg_utils.EngineArgs.additional_config"),
     # configs.py: the layer is known by isinstance, outside the branch that uses it.
     Use(f"{EXPERTS}.moe_config"),
     # linear.py builds parameters of a class that is a variable there.

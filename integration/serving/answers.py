@@ -26,7 +26,7 @@ class Answer:
 
 def mixed_requests(count: int) -> list[tuple[str, int]]:
     """``count`` pairs of prompt and output length: 30 to 2,000 characters of Python source, 8 to 40 tokens, in no order."""
-    source = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, textwrap, json))
+    source = _source()
     starts = [(7919 * i) % (len(source) - 2000) for i in range(count)]
     return [(source[start : start + 30 + (997 * i) % 1970], 8 + (13 * i) % 33) for i, start in enumerate(starts)]
 
@@ -77,12 +77,14 @@ def assert_same_answers(alone: list[Answer], together: list[Answer], requests: l
 
 
 def python_prompts(count: int) -> list[str]:
-    """``count`` different beginnings of Python code for the engine tests."""
-    names = ["Stack", "Queue", "Parser", "Reader", "Writer", "Node", "Server", "Cache"]
-    forms = [
-        "class {0}:\n    def __init__(self):",
-        'import os\n\n\nclass {0}(object):\n    """',
-        "def make_{0}(name, value=None):\n    ",
-        "class {0}Error(Exception):\n    pass\n\n\ndef ",
-    ]
-    return [forms[i // len(names) % len(forms)].format(names[i % len(names)]) for i in range(count)]
+    """``count`` pieces of some 400 characters of Python source, each from the start of a line."""
+    source = _source()
+    prompts = []
+    for i in range(count):
+        start = source.index("\n", (7919 * i) % (len(source) - 2000)) + 1
+        prompts.append(source[start : start + 400])
+    return prompts
+
+
+def _source() -> str:
+    return "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, textwrap, json))

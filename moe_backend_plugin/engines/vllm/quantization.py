@@ -19,9 +19,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from ...errors import CheckpointError, ConfigError
 from . import QUANTIZATION
 
-ENGINE_METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed", "compressed-tensors")
-"""vLLM's own names for the checkpoints that this package serves."""
-
 
 @register_quantization_config(QUANTIZATION)
 class Nvfp4CuteDslConfig(QuantizationConfig):
@@ -65,8 +62,9 @@ class Nvfp4CuteDslConfig(QuantizationConfig):
         """
         from ...config import load_config
         from ...nvfp4.scheme import parse_scheme
+        from .arguments import current_extra
 
-        config = load_config()
+        config = load_config(current_extra.get())
         if user_quant == QUANTIZATION:
             return QUANTIZATION
         if not config.take_nvfp4_checkpoints:

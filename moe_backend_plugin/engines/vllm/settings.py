@@ -10,20 +10,13 @@ from vllm.platforms import current_platform
 from ...config import PluginConfig, load_config
 from ...device import Choice, Device, choose_provider, find_device
 from ...errors import UnsupportedLayerError
-
-EXTRA_KEY = "moe_backend_plugin"
-"""The key of this package in ``--additional-config``."""
-
-
-def extra_config(vllm_config: object | None) -> dict | None:
-    """This package's part of ``--additional-config``, or None."""
-    extra = getattr(vllm_config, "additional_config", None)
-    return extra.get(EXTRA_KEY) if isinstance(extra, dict) else None
+from .arguments import current_extra, extra_config
 
 
 def plugin_config() -> PluginConfig:
-    """The configuration in force for the engine whose model is being built."""
-    return load_config(extra_config(get_current_vllm_config_or_none()))
+    """The configuration in force for the engine whose arguments are being read, or whose model is being built."""
+    vllm_config = get_current_vllm_config_or_none()
+    return load_config(current_extra.get() if vllm_config is None else extra_config(vllm_config))
 
 
 @cache
