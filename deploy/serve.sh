@@ -22,7 +22,7 @@ cat <<EOF
 
 Serving ${model:-the model} at $url
 
-  curl $url/v1/completions -H 'Content-Type: application/json' -d '{"model": "$model", "prompt": "class Stack:\n    def __init__(self):", "max_tokens": 64, "temperature": 0}'
+  curl $url/v1/completions -H 'Content-Type: application/json' -d '{"model": "$model", "prompt": "class Stack:\n    def __init__(self):", "max_tokens": 64, "temperature": 0, "frequency_penalty": 0.5}'
 
 EOF
 # A trapped signal ends the first wait; the second one waits for the server's own shutdown.
