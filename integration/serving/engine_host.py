@@ -30,9 +30,11 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 def generate(llm, job: dict) -> dict:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True, logprobs=2)
     outputs = llm.generate(job["generate"], sampling, use_tqdm=False)
-    return {"token_ids": [list(o.outputs[0].token_ids) for o in outputs], "text": [o.outputs[0].text for o in outputs]}
+    made = [output.outputs[0] for output in outputs]
+    top = [[{token: entry.logprob for token, entry in step.items()} for step in one.logprobs] for one in made]
+    return {"tokens": [list(one.token_ids) for one in made], "top": top, "text": [one.text for one in made]}
 
 
 def score(llm, job: dict) -> dict:

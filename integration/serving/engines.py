@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .answers import Answer
 from .process import Child, tail
 
 HOST = Path(__file__).with_name("engine_host.py")
@@ -72,11 +73,12 @@ class EngineHost:
         """Log-probabilities of ``tokens`` tokens (in windows of 500) of the standard library."""
         return Score(**self._engine(model, {"score": tokens // WINDOW, "length": WINDOW}, seconds, env, args))
 
-    def generate(
-        self, model: Path | str, prompts: list[str], tokens: int, *, seconds: float = 240, env: Mapping[str, str] | None = None, **args: Any
-    ) -> dict[str, list]:
-        """Greedy continuations of exactly ``tokens`` tokens: ``{"token_ids": ..., "text": ...}``."""
-        return self._engine(model, {"generate": prompts, "tokens": tokens}, seconds, env, args)
+    def generate(self, model: Path | str, prompts: list[str], tokens: int, *, seconds: float = 300, **args: Any) -> list[Answer]:
+        """Greedy continuations of exactly ``tokens`` tokens."""
+        found = self._engine(model, {"generate": prompts, "tokens": tokens}, seconds, {}, args)
+        # JSON has no integer keys; as strings, tokens and keys are alike again.
+        tokens_as_text = [[str(token) for token in one] for one in found["tokens"]]
+        return [Answer(*parts) for parts in zip(tokens_as_text, found["top"], found["text"], strict=True)]
 
     def config(self, model: Path | str, *, env: Mapping[str, str] | None = None, **args: Any) -> dict[str, str] | Refusal:
         """What an API server's first step makes of these arguments."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .answers import python_prompts
+from .answers import NOISE, Answer, divergence, python_prompts
 from .engines import EngineHost
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -17,14 +16,20 @@ def settings(provider: str) -> dict:
     return {"moe_backend_plugin": {"gdn": {"provider": provider}}}
 
 
+def count_same(ours: list[Answer], theirs: list[Answer]) -> int:
+    """How many texts are equal, or part where the reference had two tokens all but tied (see ``answers.divergence``)."""
+    parted = {i: found for i, pair in enumerate(zip(theirs, ours, strict=True)) if (found := divergence(*pair))}
+    ties = [i for i, (_, preference) in parted.items() if preference < NOISE]
+    print(f"{len(ours) - len(parted)} of {len(ours)} texts equal, {len(ties)} part at a tie: {parted}")
+    return len(ours) - len(parted) + len(ties)
+
+
 def test_512_tokens_as_vllms_own_path(engines: EngineHost, next_model: Path) -> None:
     prompts = python_prompts(32)
-    texts = {}
-    for provider in ("torch", "engine"):
-        texts[provider] = engines.generate(next_model, prompts, 512, additional_config=settings(provider))["text"]
-    same = sum(a == b for a, b in zip(texts["torch"], texts["engine"], strict=True))
-    print(f"{same} of {len(prompts)} texts of 512 tokens equal")
-    assert same >= 30
+    ours, theirs = (engines.generate(next_model, prompts, 512, additional_config=settings(p)) for p in ("torch", "engine"))
+    assert count_same(ours, theirs) >= 30
+    # Ties are rare enough that most texts must be the same to the last token.
+    assert sum(a.text == b.text for a, b in zip(ours, theirs, strict=True)) >= 22
 
 
 def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None:
@@ -36,13 +41,11 @@ def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None
     assert "gdn" in ours.lower(), ours[-3000:]
 
 
-def test_ngram_speculation_keeps_the_text(engines: EngineHost, next_model: Path, once: Callable) -> None:
+def test_ngram_speculation_keeps_the_text(engines: EngineHost, next_model: Path) -> None:
     """Drafts that are rejected must leave no trace in the recurrent state."""
     prompts = python_prompts(8)
     # On a CPU vLLM 0.32 cannot keep checkpoints of the state for its prefix cache and draft tokens at once.
-    plain = engines.generate(next_model, prompts, 128, enable_prefix_caching=False)["text"]
+    plain = engines.generate(next_model, prompts, 128, enable_prefix_caching=False)
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    drafted = engines.generate(next_model, prompts, 128, enable_prefix_caching=False, speculative_config=speculation)["text"]
-    same = sum(a == b for a, b in zip(plain, drafted, strict=True))
-    print(f"{same} of {len(prompts)} texts equal with and without speculation")
-    assert same >= 7
+    drafted = engines.generate(next_model, prompts, 128, enable_prefix_caching=False, speculative_config=speculation)
+    assert count_same(drafted, plain) == len(prompts)
