@@ -17,7 +17,7 @@ NOISE = 0.07
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion's tokens, and the two likeliest tokens (with log-probabilities) at each position."""
+    """A completion's tokens, and the likeliest tokens (two or more, with log-probabilities) at each position."""
 
     tokens: list[str]
     top: list[dict[str, float]]

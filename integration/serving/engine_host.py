@@ -30,7 +30,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 def generate(llm, job: dict) -> dict:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True, logprobs=2)
+    sampling = SamplingParams(max_tokens=job["tokens"], temperature=0, ignore_eos=True, logprobs=8)
     outputs = llm.generate(job["generate"], sampling, use_tqdm=False)
     made = [output.outputs[0] for output in outputs]
     top = [[{token: entry.logprob for token, entry in step.items()} for step in one.logprobs] for one in made]

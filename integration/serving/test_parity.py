@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .checkpoints import double_gates, edited
+from .checkpoints import double_gates, edited, rescale_gates
 from .engines import EngineHost
 from .process import environment
 
@@ -52,11 +52,11 @@ def test_perplexity_and_logprobs_of_20000_tokens(model: str, request: pytest.Fix
         print("without MOE_BACKEND_BF16_MODELS (a folder of the unquantised originals): not compared with them")
 
 
-def test_gate_and_up_scales_may_differ(moe_model: Path, tmp_path: Path, engines: EngineHost) -> None:
-    """Every gate has twice its global scale: served as it is, not merged with up's and not refused."""
-    model = edited(moe_model, tmp_path / "model", double_gates)
-    found = verify(model, 3000)
-    assert found["mean_logprob_difference"] < 0.02 and found["top1_agreement"] >= 0.98, found
-    assert abs(found["engine_perplexity"] / found["reference_perplexity"] - 1) < 0.005, found
-    # The control: this is another model, so that an engine that ignored the change could not be near its reference.
-    assert engines.score(model, tokens=1000).difference(engines.score(moe_model, tokens=1000)) > 0.1
+def test_scales_of_gate_and_up_are_kept_apart_exactly(moe_model: Path, tmp_path: Path, engines: EngineHost) -> None:
+    """The same weights, written with other scales for the gates, give the same numbers; one shared scale would not."""
+    original = engines.score(moe_model, tokens=1000)
+    same = engines.score(edited(moe_model, tmp_path / "same", rescale_gates), tokens=1000)
+    assert same.difference(original) < 1e-4
+    # The control: gates with twice their global scale are another model, so an engine that ignored the scale would show.
+    other = engines.score(edited(moe_model, tmp_path / "other", double_gates), tokens=1000)
+    assert other.difference(original) > 0.1
