@@ -29,6 +29,7 @@ EXTRA_SOURCE = "the engine's additional config"
 DEFAULT_SOURCE = "default"
 
 Provider = Literal["auto", "torch", "engine"]
+GdnProvider = Literal["auto", "cutedsl", "torch", "engine"]
 Activations = Literal["auto", "bf16", "nvfp4"]
 
 
@@ -59,8 +60,10 @@ class LinearConfig(_Group):
 class GdnConfig(_Group):
     """Gated-delta-net (linear attention) layers."""
 
-    provider: Provider = Field(
-        "auto", description="who runs the gated-delta-net step: this package's torch ops, or the engine's own kernels"
+    provider: GdnProvider = Field(
+        "auto",
+        description="who runs the gated-delta-net decode step: this package's CuTe DSL kernels (GPU) or torch ops (CPU), or the engine's "
+        "own kernels; auto takes this package's where it has run on such a device: CuTe DSL on Hopper, torch on CPU",
     )
 
 
@@ -82,6 +85,7 @@ class PluginConfig(BaseSettings):
         "full",
         description="how a checkpoint is checked before loading: full reads every scale; headers reads names, shapes, types, global scales",
     )
+    kernel_cache: str = Field("", description="folder for compiled kernels; empty: moe_backend_plugin/kernels in the user's cache folder")
     moe: MoeConfig = Field(MoeConfig(), description="expert layers")
     linear: LinearConfig = Field(LinearConfig(), description="dense NVFP4 layers")
     gdn: GdnConfig = Field(GdnConfig(), description="gated-delta-net layers")
@@ -147,7 +151,7 @@ def fields(model: type[BaseModel] = PluginConfig, prefix: str = "") -> Iterator[
 def allowed_values(field: Any) -> str:
     """The values a field takes, in words."""
     choices = get_args(field.annotation)
-    return ", ".join(map(str, choices)) if choices else "true, false"
+    return ", ".join(map(str, choices)) if choices else "the path of a folder" if field.annotation is str else "true, false"
 
 
 # --- sources -----------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ LayerKind = Literal["moe", "linear", "gdn"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
+# Compute capabilities for which this package has CuTe DSL kernels, by layer kind: those they have run on, and those they compile for.
+_RUN = {"gdn": (9,)}
+_COMPILED = {"gdn": (9, 10)}
 # What the engines run on each architecture without this package.
 _ENGINE_PATHS = {
     ("moe", "sm90"): "Humming or Marlin",
@@ -61,7 +64,7 @@ class Device:
 class Choice:
     """Who serves a kind of layer, why, and what this package lacks to serve it itself."""
 
-    provider: Literal["torch", "engine"]
+    provider: Literal["cutedsl", "torch", "engine"]
     reason: str
     missing: tuple[str, ...] = ()
 
@@ -87,26 +90,41 @@ def find_device(kind: Literal["cpu", "cuda"] | None = None, allow_cuda_init: boo
 def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig, where: str = "") -> Choice:
     """Which provider serves a kind of layer; ``where`` names the layer in errors.
 
-    Raises UnsupportedLayerError when ``strict`` forbids the only provider left.
+    Raises UnsupportedLayerError when the provider asked for does not run on the device, or ``strict`` forbids the only one left.
     """
     if layer_kind not in LAYER_KINDS:
         raise ConfigError("layer kind", repr(layer_kind), ", ".join(LAYER_KINDS))
     asked = getattr(config, layer_kind).provider
     name = LAYER_NAMES[layer_kind]
-    missing = () if device.kind == "cpu" else (f"{name} kernel for {device.arch}",)
+    major = device.capability[0] if device.capability else None
+    missing = () if device.kind == "cpu" or major in _COMPILED.get(layer_kind, ()) else (f"{name} kernel for {device.arch}",)
     if asked == "torch":
-        slow = "" if device.kind == "cpu" else "; torch ops on a GPU are for checking results, not for speed"
-        return Choice("torch", f"{layer_kind}.provider is torch{slow}", missing)
+        if device.kind != "cpu":
+            raise UnsupportedLayerError(
+                where or f"{name} layers", f"{layer_kind}.provider: torch on {device.name}", "auto or engine here; torch on a CPU"
+            )
+        return Choice("torch", f"{layer_kind}.provider is torch")
+    if asked == "cutedsl":
+        if major not in _COMPILED[layer_kind]:
+            raise UnsupportedLayerError(
+                where or f"{name} layers",
+                f"{layer_kind}.provider: cutedsl on {device.name}",
+                "a GPU of compute capability 9.0 or 10.x, or auto",
+            )
+        untried = "" if major in _RUN[layer_kind] else "; these kernels compile for this device and have not been run on one"
+        return Choice("cutedsl", f"{layer_kind}.provider is cutedsl{untried}")
     if asked == "engine":
         return Choice("engine", f"{layer_kind}.provider is engine; {_engine_path(layer_kind, device)}", missing)
     if device.kind == "cpu":
         return Choice("torch", f"cpu: this package's torch ops serve {name} layers", missing)
+    if major in _RUN.get(layer_kind, ()):
+        return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {name} decode", missing)
     reason = f"{device.arch}: this release has no {name} kernel for this device; {_engine_path(layer_kind, device)}"
     if config.strict:
         raise UnsupportedLayerError(
             where or f"{name} layers",
             f"{device.name} ({device.arch}), no kernel of this package for {device.arch}, and strict is true",
-            f"strict: false (the engine serves the layers), or {layer_kind}.provider: engine, or torch (slow)",
+            f"strict: false (the engine serves the layers), or {layer_kind}.provider: engine",
         )
     return Choice("engine", reason, missing)
 

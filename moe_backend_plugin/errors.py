@@ -27,4 +27,4 @@ class CheckpointError(PluginError):
 
 
 class UnsupportedLayerError(PluginError):
-    """No provider can serve a layer and the configuration forbids using another one (``strict``)."""
+    """No provider can serve a layer, or the configuration forbids the one that could (``strict``)."""

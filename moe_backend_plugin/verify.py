@@ -188,12 +188,19 @@ def score_transformers(
 # --- the engine ----------------------------------------------------------------------------------------------------------------------
 
 
-def score_vllm(model: Path, windows: Sequence[Sequence[int]], quantization: str | None, dtype: str = "bfloat16") -> Scores:
+def score_vllm(
+    model: Path,
+    windows: Sequence[Sequence[int]],
+    quantization: str | None,
+    dtype: str = "bfloat16",
+    additional_config: dict[str, Any] | None = None,
+) -> Scores:
     """Score the same windows with vLLM, in a process of its own so that its memory is free again afterwards. Raises EngineError."""
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="moe-backend-verify-") as folder:
         job, result, log = (Path(folder) / name for name in ("job.json", "result.json", "log.txt"))
-        job.write_text(json.dumps({"model": str(model), "windows": windows, "quantization": quantization, "dtype": dtype}))
+        arguments = {"model": str(model), "quantization": quantization, "dtype": dtype, "additional_config": additional_config or {}}
+        job.write_text(json.dumps({"windows": windows, "arguments": arguments}))
         with log.open("w") as output:
             command = [sys.executable, "-m", "moe_backend_plugin.verify", str(job), str(result)]
             code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
@@ -218,9 +225,7 @@ def _engine_process(job_path: str, result_path: str) -> None:
     job = json.loads(Path(job_path).read_text())
     windows = job["windows"]
     engine = LLM(
-        model=job["model"],
-        quantization=job["quantization"],
-        dtype=job["dtype"],
+        **job["arguments"],
         max_model_len=max(map(len, windows)) + 1,  # vLLM always generates one token
         enforce_eager=True,
         seed=0,

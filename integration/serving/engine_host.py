@@ -8,8 +8,9 @@ Reads one JSON request a line from standard input and writes one JSON answer a l
 argument.  Standard output is vLLM's: it logs there.
 
 ``{"op": "engine", "model": ..., "args": {...}, "env": {...}, "jobs": [...]}``
-    build an engine, run the jobs, tear it down.  Jobs: ``{"generate": [prompts], "tokens": n}`` and
-    ``{"score": windows, "length": n}`` (log-probability of every token of the standard library's text, in windows).
+    build an engine, run the jobs, tear it down.  Jobs: ``{"generate": [prompts], "tokens": n}``, the same with
+    ``"watch_gdn": true`` (what :mod:`gdn_watch` saw meanwhile, instead of the texts), and ``{"score": windows, "length": n}``
+    (log-probability of every token of the standard library's text, in windows).
 ``{"op": "config", "model": ..., "args": {...}, "env": {...}}``
     only what an API server does before it starts a process: read the arguments, make the configuration.
 
@@ -37,6 +38,14 @@ def generate(llm, job: dict) -> dict:
     return {"tokens": [list(one.token_ids) for one in made], "top": top, "text": [one.text for one in made]}
 
 
+def watch_gdn(llm, job: dict) -> dict:
+    from gdn_watch import Watch
+
+    with Watch() as watch:
+        generate(llm, job)
+    return watch.report
+
+
 def score(llm, job: dict) -> dict:
     from vllm import SamplingParams
 
@@ -59,7 +68,7 @@ def engine(request: dict) -> list[dict]:
 
     llm = LLM(request["model"], **request["args"])
     try:
-        return [generate(llm, job) if "generate" in job else score(llm, job) for job in request["jobs"]]
+        return [(score if "score" in job else watch_gdn if job.get("watch_gdn") else generate)(llm, job) for job in request["jobs"]]
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -80,6 +80,10 @@ class EngineHost:
         tokens_as_text = [[str(token) for token in one] for one in found["tokens"]]
         return [Answer(*parts) for parts in zip(tokens_as_text, found["top"], found["text"], strict=True)]
 
+    def watch_gdn(self, model: Path | str, prompts: list[str], tokens: int, **args: Any) -> dict:
+        """What :mod:`.gdn_watch` saw while the prompts were continued; see its ``report``."""
+        return self._engine(model, {"generate": prompts, "tokens": tokens, "watch_gdn": True}, 300, {}, args)
+
     def config(self, model: Path | str, *, env: Mapping[str, str] | None = None, **args: Any) -> dict[str, str] | Refusal:
         """What an API server's first step makes of these arguments."""
         return self._ask({"op": "config", "model": str(model), "args": self._arguments(args), "env": dict(env or {})}, 120)

@@ -11,6 +11,8 @@ from .engines import EngineHost
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+
 
 def settings(provider: str) -> dict:
     return {"moe_backend_plugin": {"gdn": {"provider": provider}}}
@@ -49,6 +51,25 @@ def test_ngram_speculation_keeps_the_text(engines: EngineHost, next_model: Path)
     prompts = python_prompts(8)
     # On a CPU vLLM 0.32 cannot keep checkpoints of the state for its prefix cache and draft tokens at once.
     plain = engines.generate(next_model, prompts, 128, enable_prefix_caching=False)
-    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    drafted = engines.generate(next_model, prompts, 128, enable_prefix_caching=False, speculative_config=speculation)
+    drafted = engines.generate(next_model, prompts, 128, enable_prefix_caching=False, speculative_config=NGRAM)
     assert count_same(drafted, plain) == len(prompts)
+
+
+# Relative to a state's or an output's size. States are fp32 and differ by 1e-7 where no input was rounded another way; outputs are bf16.
+NOISE_OF_STATES, NOISE_OF_OUTPUTS = 2**-10, 2**-8
+
+
+@pytest.mark.parametrize("drafts", [False, True], ids=["decode", "drafts"])
+def test_states_in_vllms_pool_are_the_references(drafts: bool, engines: EngineHost, next_model: Path) -> None:
+    """Every call of the layer, recomputed in fp32 from the pool as it was; no slot of another request may change by one bit."""
+    # A budget of 96 tokens a step lets prompts enter while others decode, and leaves them in pieces.
+    options = {"enable_prefix_caching": False, "max_num_seqs": 4, "max_num_batched_tokens": 96, "num_gpu_blocks_override": 64}
+    if drafts:
+        options["speculative_config"] = NGRAM
+    seen = engines.watch_gdn(next_model, python_prompts(10), 40, **options)
+    print(seen)
+    assert seen["slots"] == 64 and seen["rows"] > 500 and seen["mixed_calls"] > 20, seen
+    if drafts:
+        assert seen["rows_with_drafts"] > 200 and seen["rows_after_accepted_drafts"] > 50, seen
+    assert seen["foreign"] == []
+    assert seen["state_error"] < NOISE_OF_STATES and seen["out_error"] < NOISE_OF_OUTPUTS, seen

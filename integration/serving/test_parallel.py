@@ -27,8 +27,9 @@ def two_workers() -> dict[str, str]:
         ("moe_model", {}),
         ("moe_model", {"enable_expert_parallel": True}),
         ("next_model", {}),
+        ("next_model", {"enable_expert_parallel": True}),
     ],
-    ids=["moe-tensor", "moe-expert", "next-tensor"],
+    ids=["moe-tensor", "moe-expert", "next-tensor", "next-expert"],
 )
 def test_two_ranks_score_as_one(model: str, options: dict, engines: EngineHost, once: Callable, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(model)

@@ -71,7 +71,7 @@ def examine() -> Machine:
             machine.choices[kind] = choose_provider(kind, device, config)
         except UnsupportedLayerError as error:
             problems.append(str(error))
-            machine.choices[kind] = Choice("engine", f"refused by strict: {error.found}", ())
+            machine.choices[kind] = Choice("engine", f"refused: {error.found}", ())
     return machine
 
 

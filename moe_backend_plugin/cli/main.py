@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from moe_backend_plugin import __version__
+from moe_backend_plugin.cli.bench import app as bench_app
 from moe_backend_plugin.cli.config import app as config_app
 from moe_backend_plugin.cli.doctor import doctor
 from moe_backend_plugin.cli.quantize import quantize
@@ -36,6 +37,7 @@ app.command()(doctor)
 app.add_typer(config_app, name="config")
 app.command()(quantize)
 app.command()(verify)
+app.add_typer(bench_app, name="bench")
 
 if __name__ == "__main__":
     app()

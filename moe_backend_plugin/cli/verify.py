@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,10 @@ def verify(
         str, typer.Option(help="Arithmetic in transformers: float32, or bfloat16 (half the memory, and rounding of its own).")
     ] = "float32",
     device: Annotated[str, typer.Option(help="Where transformers runs: cpu or cuda.")] = "cpu",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    additional_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help='vLLM\'s option: \'{"moe_backend_plugin": {"moe": {"activations": "nvfp4"}}}\'.')
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare vLLM with transformers on the dequantised weights; exit 1 when they differ too much."""
     from moe_backend_plugin.verify import Bounds
@@ -31,18 +35,37 @@ def verify(
     for name, value, allowed in (("--reference-dtype", reference_dtype, ("float32", "bfloat16")), ("--device", device, ("cpu", "cuda"))):
         if value not in allowed:
             raise InputError(name, repr(value), ", ".join(allowed))
+    additional = _additional_config(additional_config)
     bounds = Bounds()
-    comparison, original = _run(model, tokens, window, bf16, reference_dtype, device)
+    comparison, original = _run(model, tokens, window, bf16, reference_dtype, device, additional)
     passed = comparison.within(bounds)
-    if json:
-        print_json({"model": str(model), **asdict(comparison), "bf16_perplexity": original, "bounds": asdict(bounds), "passed": passed})
+    if as_json:
+        figures = {**asdict(comparison), "bf16_perplexity": original, "bounds": asdict(bounds), "passed": passed}
+        print_json({"model": str(model), "additional_config": additional, **figures})
     else:
         _print(model, comparison, original, bounds, passed)
     if not passed:
         raise typer.Exit(EXIT_WRONG)
 
 
-def _run(model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, device: str) -> tuple[Any, float | None]:
+def _additional_config(text: str | None) -> dict[str, Any]:
+    """The engine's additional configuration; this package's part is checked here, minutes before the engine would refuse it."""
+    from moe_backend_plugin.config import load_config
+    from moe_backend_plugin.engines.vllm.arguments import plugin_part
+
+    try:
+        found = {} if text is None else json.loads(text)
+    except ValueError as error:
+        raise InputError("--additional-config", f"{text!r}, which is no JSON ({error})", "a JSON object") from None
+    if not isinstance(found, dict):
+        raise InputError("--additional-config", f"a JSON {type(found).__name__}", "a JSON object")
+    load_config(plugin_part(found))
+    return found
+
+
+def _run(
+    model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, device: str, additional: dict[str, Any]
+) -> tuple[Any, float | None]:
     config = model_folder(model)
     quantized = _is_quantized(model, config)
     longest = config.get("text_config", config).get("max_position_embeddings")
@@ -79,7 +102,7 @@ def _run(model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, d
             expected = reference(dense, "transformers, dequantised" if quantized else "transformers")
         original = reference(bf16, "transformers, original").perplexity if bf16 else None
         progress.add_task("vLLM", total=None)
-        served = score_vllm(model, text, QUANTIZATION if quantized else None)
+        served = score_vllm(model, text, QUANTIZATION if quantized else None, additional_config=additional)
     return compare(served, expected), original
 
 

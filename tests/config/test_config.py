@@ -59,6 +59,7 @@ def test_sources_win_in_order_and_merge(config_file, monkeypatch):
         "strict": (True, "MOE_BACKEND_PLUGIN_STRICT"),
         "take_nvfp4_checkpoints": (False, "default"),
         "checkpoint_check": ("headers", path),
+        "kernel_cache": ("", "default"),
         "moe.provider": ("auto", EXTRA_SOURCE),
         "moe.activations": ("auto", "default"),
         "linear.provider": ("torch", path),
@@ -97,6 +98,7 @@ BAD_EXTRA = [
     ({"strict": "maybe"}, ["strict", "'maybe'", "true, false"]),
     ({"strict": None}, ["strict", "None", "true, false"]),
     ({"checkpoint_check": True}, ["checkpoint_check", "True", "full, headers"]),
+    ({"kernel_cache": 5}, ["kernel_cache", "5", "the path of a folder"]),
     ({"meo": {}}, ["meo", "unknown setting", "did you mean moe?"]),
     ({"gdn": {"activations": "bf16"}}, ["gdn.activations", "unknown setting", "gdn.provider"]),
     ({"moe": {"providr": "torch"}}, ["moe.providr", "did you mean moe.provider?"]),
@@ -165,7 +167,7 @@ BAD_VARIABLES = [
     ("MOE_BACKEND_PLUGIN_MOE", '{"provider": "torch"}', "MOE_BACKEND_PLUGIN_MOE__PROVIDER"),
     ("MOE_BACKEND_PLUGIN_STRICT", "", "an empty value"),
     ("MOE_BACKEND_PLUGIN_STRICT", "perhaps", "'perhaps'; allowed: true, false"),
-    ("MOE_BACKEND_PLUGIN_GDN__PROVIDER", "Torch", "'Torch'; allowed: auto, torch, engine"),
+    ("MOE_BACKEND_PLUGIN_GDN__PROVIDER", "Torch", "'Torch'; allowed: auto, cutedsl, torch, engine"),
     ("MOE_BACKEND_PLUGIN_CONFIGS", "x", "did you mean MOE_BACKEND_PLUGIN_CONFIG?"),
 ]
 

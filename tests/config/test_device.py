@@ -13,6 +13,7 @@ from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
 
 CPU = Device("cpu", "some processor", 1 << 34)
 H100 = Device("cuda", "NVIDIA H100", 80 << 30, (9, 0))
+B200 = Device("cuda", "NVIDIA B200", 180 << 30, (10, 0))
 GPUS = [("GPU-aaaa-1", "NVIDIA H100", (9, 0)), ("GPU-bbbb-2", "NVIDIA B200", (10, 0)), ("GPU-cccc-3", "NVIDIA B300", (10, 3))]
 
 
@@ -108,12 +109,34 @@ def test_cpu_uses_torch_ops(kind):
     assert choice.provider == "torch" and choice.missing == () and "cpu" in choice.reason
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("kind", ["moe", "linear"])
 def test_cuda_uses_the_engine_and_says_why(kind):
     choice = choose_provider(kind, H100, PluginConfig())
     assert choice.provider == "engine" and "sm90" in choice.reason and len(choice.missing) == 1
-    asked = choose_provider(kind, H100, PluginConfig(**{kind: {"provider": "torch"}}))
-    assert asked.provider == "torch" and "not for speed" in asked.reason
+
+
+def test_gdn_kernels_serve_the_devices_they_have_run_on():
+    choice = choose_provider("gdn", H100, PluginConfig(strict=True))
+    assert choice.provider == "cutedsl" and "sm90" in choice.reason and choice.missing == ()
+    assert choose_provider("gdn", B200, PluginConfig()).provider == "engine"
+    asked = choose_provider("gdn", B200, PluginConfig(gdn={"provider": "cutedsl"}))
+    assert asked.provider == "cutedsl" and "have not been run" in asked.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", "a100"])
+def test_gdn_kernels_are_refused_where_they_do_not_run(device):
+    found = CPU if device == "cpu" else Device("cuda", "NVIDIA A100", 1, (8, 0))
+    with pytest.raises(UnsupportedLayerError, match="model.layers.0: .*gdn.provider: cutedsl on .*9.0 or 10.x"):
+        choose_provider("gdn", found, PluginConfig(gdn={"provider": "cutedsl"}), where="model.layers.0")
+
+
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_torch_is_refused_on_a_gpu(kind, strict):
+    config = PluginConfig(**{kind: {"provider": "torch"}}, strict=strict)
+    with pytest.raises(UnsupportedLayerError, match=rf"model.layers.0: .*{kind}.provider: torch on NVIDIA H100; allowed: auto or engine"):
+        choose_provider(kind, H100, config, where="model.layers.0")
+    assert choose_provider(kind, CPU, config).provider == "torch"
 
 
 def test_engine_on_cpu_warns():
@@ -124,7 +147,6 @@ def test_engine_on_cpu_warns():
 def test_strict_refuses_the_engine():
     with pytest.raises(UnsupportedLayerError, match=r"model.layers.0.mlp.experts: .*sm90.*strict: false"):
         choose_provider("moe", H100, PluginConfig(strict=True), where="model.layers.0.mlp.experts")
-    assert choose_provider("moe", H100, PluginConfig(strict=True, moe={"provider": "torch"})).provider == "torch"
 
 
 def test_unknown_layer_kind():

@@ -25,14 +25,18 @@ def extra_config(owner: object | None) -> dict | None:
     Raises:
         ConfigError: another key looks like a misspelling of this package's.
     """
-    extra = getattr(owner, "additional_config", None)
-    if not isinstance(extra, dict):
+    return plugin_part(getattr(owner, "additional_config", None))
+
+
+def plugin_part(additional: object) -> dict | None:
+    """This package's part of an ``additional_config``, or None. Raises ConfigError as :func:`extra_config` does."""
+    if not isinstance(additional, dict):
         return None
     # The dictionary is shared with other plugins: only a near miss can be told from theirs.
-    for key in extra:
+    for key in additional:
         if key != EXTRA_KEY and difflib.SequenceMatcher(None, str(key).lower().replace("-", "_"), EXTRA_KEY).ratio() > 0.85:
             raise ConfigError("--additional-config", f"the key {key!r}", f"the key {EXTRA_KEY!r} for this package's settings")
-    return extra.get(EXTRA_KEY)
+    return additional.get(EXTRA_KEY)
 
 
 def create_engine_config(wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:

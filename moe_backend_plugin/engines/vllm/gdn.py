@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.utils.torch_utils import _encode_layer_name
 
-from .settings import provider
+from ...errors import UnsupportedLayerError
+from .settings import plugin_config, provider
 
 logger = init_logger("vllm.moe_backend_plugin")
 
@@ -18,22 +20,41 @@ logger = init_logger("vllm.moe_backend_plugin")
 class PluginGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
     """vLLM's layer of Qwen3-Next and Qwen3.5 with another way through the state.
 
-    Parameters, projections, normalisation and state pools are the base class's.  Where the configuration gives GDN to the
-    engine, the layer is the base class's in every respect.
+    Parameters, projections, convolution, prefill, normalisation and state pools are the base class's.  Where the
+    configuration gives GDN to the engine, the layer is the base class's in every respect.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        vllm_config = get_current_vllm_config()
         choice = provider("gdn", where=self.prefix)
-        logger.info_once("Gated-delta-net layers are served by: %s (%s)", choice.provider, choice.reason)
-        if choice.provider != "torch":
-            return
-        from . import gdn_cpu  # noqa: F401  defines the op that forward_plugin calls
+        self._decode = None
+        if choice.provider == "cutedsl":
+            from . import gdn_cuda
 
-        self._forward_method = self.forward_plugin
+            if (reason := gdn_cuda.unsupported_reason(self, vllm_config)) is None:
+                self._decode = gdn_cuda.prepare(self, vllm_config)
+            elif plugin_config().strict:
+                raise UnsupportedLayerError(self.prefix, reason, "strict: false (the engine serves the layer), or gdn.provider: engine")
+            else:
+                logger.warning_once("Gated-delta-net layers are served by: engine (%s)", reason)
+                return
+        logger.info_once("Gated-delta-net layers are served by: %s (%s)", choice.provider, choice.reason)
+        if choice.provider == "torch":
+            from . import gdn_cpu  # noqa: F401  defines the op that forward_plugin calls
+
+            self._forward_method = self.forward_plugin
+
+    def _forward_core(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor) -> None:
+        """On a GPU, inside vLLM's own op: [tokens, 2 HQ K + HV V], [tokens, HV] twice -> [tokens, HV, V], pools updated."""
+        if self._decode is None:
+            super()._forward_core(mixed_qkv, b, a, core_attn_out)
+        elif not self._decode.step(self, mixed_qkv, b, a, core_attn_out):
+            with self._decode.rows_of_mixed_batches():
+                super()._forward_core(mixed_qkv, b, a, core_attn_out)
 
     def forward_plugin(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[tokens, hidden] -> [tokens, hidden]; between the projections, one op that reads and writes the state pools."""
+        """On a CPU: [tokens, hidden] -> [tokens, hidden]; between the projections, one op that reads and writes the state pools."""
         qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
         tokens = hidden_states.shape[0]

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
 from ...config import PluginConfig, load_config
 from ...device import Choice, Device, choose_provider, find_device
-from ...errors import UnsupportedLayerError
 from .arguments import current_extra, extra_config
+
+_read: tuple[weakref.ref[VllmConfig], PluginConfig] | None = None
+"""The engine whose settings were read last, and these settings."""
 
 
 def plugin_config() -> PluginConfig:
-    """The configuration in force for the engine whose arguments are being read, or whose model is being built."""
+    """The configuration in force for the engine whose arguments are being read, or whose model is being built.
+
+    Read once an engine: every layer of a model sees the same settings, whatever happens to the file meanwhile.
+    """
+    global _read
     vllm_config = get_current_vllm_config_or_none()
-    return load_config(current_extra.get() if vllm_config is None else extra_config(vllm_config))
+    if vllm_config is None:
+        return load_config(current_extra.get())
+    if _read is None or _read[0]() is not vllm_config:
+        _read = weakref.ref(vllm_config), load_config(extra_config(vllm_config))
+    return _read[1]
 
 
 @cache
@@ -31,9 +42,4 @@ def provider(layer_kind: str, where: str) -> Choice:
     Raises:
         UnsupportedLayerError: ``strict`` forbids the only provider, or the one asked for does not run on this device.
     """
-    choice = choose_provider(layer_kind, device(), plugin_config(), where=where)
-    if choice.provider == "torch" and not current_platform.is_cpu():
-        raise UnsupportedLayerError(
-            where, f"{layer_kind}.provider: torch on {device().name}", "auto or engine here; torch on vLLM's CPU build"
-        )
-    return choice
+    return choose_provider(layer_kind, device(), plugin_config(), where=where)

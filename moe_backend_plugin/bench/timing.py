@@ -1,0 +1,111 @@
+"""How a kernel is timed, and the ceilings that it is held against: one method for every provider.
+
+Eight launches, each with inputs and state slots of its own, are captured in one CUDA graph; the graph is replayed, events
+around it, and the median over replays divided by eight is the time of a call.  Before each replay, outside the events:
+
+1. the GPU sleeps a moment, so that the host is ahead and none of its time is measured;
+2. a read of four times the L2 cache drives every state out of it, also where a batch is so small that eight would stay;
+3. what the kernel before would have left in the cache (tokens, gates, slot tables) is read back into it;
+4. one more launch, with inputs of its own, brings the kernel's instructions in.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+import triton.language as tl
+
+LAUNCHES = 8
+"""Launches that are timed; launch number ``LAUNCHES`` is the one before them."""
+REPLAYS, WARM_UPS = 20, 3
+SLEEP_CYCLES = 500_000  # about 0.3 ms
+COPY_BLOCK = 1024
+COPY_BYTES = 4 << 30
+
+
+@triton.jit
+def _empty(x):
+    pass
+
+
+@triton.jit
+def _copy(source, target, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + offsets, tl.load(source + offsets))
+
+
+class Clock:
+    """Times launches on one device; holds the buffer that empties its L2 cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.ones(4 * self.l2_bytes // 8, dtype=torch.int64, device=device)
+        self._copies: dict[int, float] = {}
+
+    def time(self, launch: Callable[[int], object], warm: Iterable[torch.Tensor] = ()) -> float:
+        """Microseconds a call of ``launch(i)``, i in 0 .. LAUNCHES; ``warm`` are int64 tensors to be in the cache."""
+        warm = list(warm)
+        for i in range(LAUNCHES + 1):  # whatever compiles or loads at a first call stays out of the capture
+            launch(i)
+        run_in, graph = _capture(launch, [LAUNCHES]), _capture(launch, range(LAUNCHES))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(WARM_UPS + REPLAYS):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            self._flush.sum()
+            for tensor in warm:
+                tensor.sum()
+            run_in.replay()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end))
+        return statistics.median(times[WARM_UPS:]) * 1e3 / LAUNCHES
+
+    def empty_us(self) -> float:
+        """Microseconds of a kernel that does nothing: what a launch costs."""
+        return self.time(lambda i: _empty[(1,)](self._flush))
+
+    def copy_us(self, pool: torch.Tensor, count: int) -> float | None:
+        """Microseconds to read ``count`` bytes of ``pool`` and write as many to another part; None if it is too small."""
+        words = pool.view(-1).view(torch.int32)
+        half, size = words.numel() // 2 // COPY_BLOCK * COPY_BLOCK, count // 4
+        if (LAUNCHES + 1) * size > half:
+            return None
+        if count not in self._copies:
+
+            def launch(i: int) -> None:
+                source, target = (words[start + i * size : start + (i + 1) * size] for start in (0, half))
+                _copy[(size // COPY_BLOCK,)](source, target, BLOCK=COPY_BLOCK)
+
+            self._copies[count] = self.time(launch)
+        return self._copies[count]
+
+
+def _capture(launch: Callable[[int], object], which: Iterable[int]) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in which:
+            launch(i)
+    return graph
+
+
+def copy_tb_s(device: torch.device) -> float:
+    """TB/s, bytes read and bytes written, of torch's copy_ of 4 GiB."""
+    source = torch.ones(COPY_BYTES // 8, dtype=torch.int64, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(WARM_UPS + REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 2 * COPY_BYTES / (statistics.median(times[WARM_UPS:]) * 1e-3) / 1e12

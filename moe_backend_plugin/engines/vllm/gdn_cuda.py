@@ -1,0 +1,189 @@
+"""The state side of a gated-delta-net layer in vLLM on an NVIDIA GPU: this package's kernels in vLLM's own course of a batch.
+
+Batches of decode rows only, with drafts or without, are served here.  In a batch that holds prefills vLLM's code runs, and
+the one function it calls for the decode rows of such a batch is exchanged for the time of that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as vllm_gdn
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
+from wrapt import wrap_function_wrapper
+
+from ...gdn import cuda
+from ...kernels import compile as kernels
+from .settings import plugin_config
+
+_exchanged: ContextVar[bool] = ContextVar("_exchanged", default=False)
+
+
+def unsupported_reason(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> str | None:
+    """Why the kernels cannot serve this layer, or None."""
+    return cuda.unsupported_reason(
+        head_k=layer.head_k_dim,
+        head_v=layer.head_v_dim,
+        key_heads=layer.num_k_heads // layer.tp_size,
+        value_heads=layer.num_v_heads // layer.tp_size,
+        state=layer.get_state_dtype()[1],
+        tokens=vllm_config.model_config.dtype,
+    ) or (
+        f"num_speculative_tokens {layer.num_spec}; the kernels serve up to {cuda.MAX_TOKENS - 1}"
+        if layer.num_spec >= cuda.MAX_TOKENS
+        else None
+    )
+
+
+def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> Decode:
+    """Compile or load every kernel that this layer can launch, before the first request."""
+    kernels.use_cache_folder(plugin_config().kernel_cache)
+    # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in.
+    layer.enable_fused_gdn_spec_decode = False
+    kinds = cuda.Layer(
+        state=layer.get_state_dtype()[1],
+        tokens=vllm_config.model_config.dtype,
+        bias=layer.dt_bias.dtype,
+        heads_per_group=layer.num_v_heads // layer.num_k_heads,
+    )
+    cuda.prepare(kinds, torch.device("cuda", torch.accelerator.current_device_index()), speculative=layer.num_spec > 0)
+    return _DECODE
+
+
+class Decode:
+    """Both ways a decode row can come; holds no state."""
+
+    def step(self, layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> bool:
+        """Serve a batch that is all decode rows; False, and nothing done, for any other."""
+        attn_metadata = get_forward_context().attn_metadata
+        m = attn_metadata.get(layer.prefix) if isinstance(attn_metadata, dict) else None
+        if m is None or m.num_prefills > 0:
+            return False
+        tokens = m.num_actual_tokens
+        if m.spec_sequence_masks is not None and m.num_decodes == 0:
+            self.drafts(layer, m, mixed_qkv[:tokens], b[:tokens], a[:tokens], out[:tokens])
+            return True
+        if m.spec_sequence_masks is None and m.num_decodes > 0:
+            # One token a row; under a full CUDA graph the rows past the last request hold the null slot.
+            slots = m.non_spec_state_indices_tensor[:tokens]
+            x = _convolve(layer, mixed_qkv[:tokens], conv_state_indices=slots)
+            cuda.decode(x, a[:tokens], b[:tokens], layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, out[:tokens])
+            return True
+        return False
+
+    def drafts(
+        self, layer: Any, m: GDNAttentionMetadata, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Rows of one token and its drafts; the state after each goes to a slot of its own."""
+        rows = m.num_spec_decodes
+        slots, starts, accepted = m.spec_state_indices_tensor[:rows], m.spec_query_start_loc[: rows + 1], m.num_accepted_tokens[:rows]
+        x = _convolve(
+            layer,
+            mixed_qkv,
+            conv_state_indices=slots[:, 0],
+            num_accepted_tokens=accepted,
+            query_start_loc=starts,
+            max_query_len=slots.shape[1],
+        )
+        cuda.decode(
+            x,
+            a,
+            b,
+            layer.A_log,
+            layer.dt_bias,
+            layer.kv_cache[1],
+            slots,
+            out,
+            write=slots,
+            cu_seqlens=starts,
+            num_accepted=accepted,
+            max_tokens=slots.shape[1],
+        )
+
+    @contextmanager
+    def rows_of_mixed_batches(self) -> Iterator[None]:
+        """While open, the decode rows that vLLM's own code meets in a batch with prefills are this package's."""
+        token = _exchanged.set(True)
+        try:
+            yield
+        finally:
+            _exchanged.reset(token)
+
+
+_DECODE = Decode()
+
+
+def _convolve(layer: Any, x: torch.Tensor, **rows: Any) -> torch.Tensor:
+    """vLLM's convolution of packed tokens [tokens, channels], its rolling buffers updated."""
+    pool = layer.kv_cache[0]
+    return causal_conv1d_update(
+        x,
+        pool if is_conv_state_dim_first() else pool.transpose(-1, -2),
+        layer.conv1d.weight.view(layer.conv1d.weight.size(0), layer.conv1d.weight.size(2)),
+        layer.conv1d.bias,
+        layer.activation,
+        validate_data=False,
+        **rows,
+    )
+
+
+def _decode_rows(wrapped: Any, _instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """In place of vLLM's ``fused_sigmoid_gating_delta_rule_update``: same arguments, same result, in this package's layers."""
+    if not _exchanged.get():
+        return wrapped(*args, **kwargs)
+    return _update(*args, **kwargs)
+
+
+def _update(
+    *,
+    A_log: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dt_bias: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    initial_state: torch.Tensor,
+    inplace_final_state: bool,
+    cu_seqlens: torch.Tensor,
+    ssm_state_indices: torch.Tensor,
+    num_accepted_tokens: torch.Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q, k [1, tokens, HQ, K], v [1, tokens, HV, V] -> (out [1, tokens, HV, V], the pool)."""
+    assert inplace_final_state and use_qk_l2norm_in_kernel
+    tokens = q.shape[1]
+    packed = torch.cat([part.reshape(tokens, -1) for part in (q, k, v)], dim=-1)
+    out = torch.zeros_like(v)
+    if num_accepted_tokens is None:
+        # vLLM hands over the slots of the prefills as well; decode rows come first.
+        cuda.decode(packed, a, b, A_log, dt_bias, initial_state, ssm_state_indices[: cu_seqlens.shape[0] - 1], out[0])
+    else:
+        rows = cu_seqlens.shape[0] - 1
+        slots = ssm_state_indices[:rows]
+        cuda.decode(
+            packed,
+            a,
+            b,
+            A_log,
+            dt_bias,
+            initial_state,
+            slots,
+            out[0],
+            write=slots,
+            cu_seqlens=cu_seqlens,
+            num_accepted=num_accepted_tokens[:rows],
+            max_tokens=slots.shape[1],
+        )
+    return out, initial_state
+
+
+wrap_function_wrapper(vllm_gdn, "fused_sigmoid_gating_delta_rule_update", _decode_rows)
