@@ -1,4 +1,4 @@
-"""Where weights are dequantised on a CPU: one small float32 buffer a thread, used again by every layer."""
+"""Where weights are dequantised on a CPU: two small buffers a thread, used again by every layer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,21 @@ def scratch(count: int) -> Tensor:
 
     A view of the thread's buffer up to ``SCRATCH_VALUES``; beyond that a tensor of its own, freed with its last use.
     """
+    return _buffer("values", count, torch.float32)
+
+
+def scratch_bits(count: int) -> Tensor:
+    """As :func:`scratch`, int16, in a buffer of its own (2 MiB): the step between packed weights and float32."""
+    return _buffer("bits", count, torch.int16)
+
+
+def _buffer(name: str, count: int, dtype: torch.dtype) -> Tensor:
     if count > SCRATCH_VALUES:
-        return torch.empty(count)
-    buffer = getattr(_local, "buffer", None)
+        return torch.empty(count, dtype=dtype)
+    buffer = getattr(_local, name, None)
     if buffer is None:
         # A buffer made in inference mode could not be written outside of it later.
         with torch.inference_mode(False):
-            buffer = _local.buffer = torch.empty(SCRATCH_VALUES)
+            buffer = torch.empty(SCRATCH_VALUES, dtype=dtype)
+        setattr(_local, name, buffer)
     return buffer[:count]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginError
-from ..nvfp4.unscaled import check_shapes
+from ..nvfp4.unscaled import to_planes
 from .cpu import fused_moe_cpu
 from .problem import Activation
 
@@ -26,25 +26,28 @@ _library.define(SCHEMA)
 _activation = lru_cache(Activation)
 
 
-def _check(
-    x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids, gated, w13_input_scale, w2_input_scale
-) -> None:
-    check_shapes(w13, w13_scale)
-    check_shapes(w2, w2_scale)
+def prepare(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A checkpoint's weights and block scales, once, for many calls of :func:`nvfp4_moe`; shapes as in :func:`.reference.fused_moe`.
+
+    Each projection becomes what :func:`..nvfp4.unscaled.to_planes` returns. Raises ValueError if dtypes or shapes disagree.
+    """
+    return (*to_planes(w13, w13_scale), *to_planes(w2, w2_scale))
+
+
+def _check(x, w13, w13_scale_2, w2, w2_scale_2, topk_weights, topk_ids, gated, w13_input_scale, w2_input_scale) -> None:
+    """What may differ from call to call, and what ties the tensors together; each projection's parts fit, prepare saw to that."""
     if x.ndim != 2 or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise PluginError("x", f"{x.dtype} {list(x.shape)}", "bfloat16, float16 or float32 [M, H]")
-    if w2.ndim != 3 or w13.ndim != 3:
-        raise PluginError("w13, w2", f"{list(w13.shape)}, {list(w2.shape)}", "[E, R, H/2], [E, H, I/2]")
-    experts, hidden, width = w2.shape[0], x.shape[1], w2.shape[2] * 2
+    (experts, quarter, columns), (tokens, hidden) = w2.shape, x.shape
     halves = 2 if gated else 1
-    if w2.shape[1] != hidden or w13.shape != (experts, halves * width, hidden // 2):
-        allowed = f"[E, {halves}I, H/2] and [E, H, I/2] with H = {hidden}"
+    if quarter * 4 != hidden or w13.shape != (experts, halves * columns // 8, hidden * 2):
+        allowed = f"[E, {halves}I/4, 2H] and [E, H/4, 2I] with H = {hidden}"
         raise PluginError("w13, w2", f"{list(w13.shape)}, {list(w2.shape)}", allowed)
     if w13_scale_2.numel() != experts * halves or w2_scale_2.numel() != experts:
         allowed = f"[{experts}, {halves}], [{experts}]"
         raise PluginError("w13_scale_2, w2_scale_2", f"{list(w13_scale_2.shape)}, {list(w2_scale_2.shape)}", allowed)
-    if topk_ids.ndim != 2 or topk_ids.shape[0] != x.shape[0] or topk_weights.shape != topk_ids.shape:
-        raise PluginError("topk_weights, topk_ids", f"{list(topk_weights.shape)}, {list(topk_ids.shape)}", f"[{x.shape[0]}, k], both")
+    if topk_ids.ndim != 2 or topk_ids.shape[0] != tokens or topk_weights.shape != topk_ids.shape:
+        raise PluginError("topk_weights, topk_ids", f"{list(topk_weights.shape)}, {list(topk_ids.shape)}", f"[{tokens}, k], both")
     if topk_ids.dtype not in (torch.int32, torch.int64):
         raise PluginError("topk_ids", str(topk_ids.dtype), "int32, int64")
     if (w13_input_scale is None) != (w2_input_scale is None):
@@ -72,7 +75,7 @@ def _cpu(
 ) -> Tensor:
     function = _activation(activation, alpha, beta, limit)
     weights = (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)
-    _check(x, *weights, topk_weights, topk_ids, function.gated, w13_input_scale, w2_input_scale)
+    _check(x, w13, w13_scale_2, w2, w2_scale_2, topk_weights, topk_ids, function.gated, w13_input_scale, w2_input_scale)
     return fused_moe_cpu(
         *(x, *weights, topk_weights, topk_ids, function),
         *(apply_router_weight_on_input, expert_map, w13_input_scale, w2_input_scale),
@@ -106,12 +109,16 @@ def nvfp4_moe(
     w13_input_scale: Tensor | None = None,
     w2_input_scale: Tensor | None = None,
 ) -> Tensor:
-    """One MoE layer; shapes, dtypes and the rules for bad input are those of :func:`.reference.fused_moe`.
+    """One MoE layer, on weights and block scales from :func:`prepare`.
+
+    The other shapes, dtypes and the rules for bad input are those of :func:`.reference.fused_moe`.
 
     With both input scales, activations are rounded to NVFP4 too (W4A4). Without ``expert_map`` the ids are those of the
     E experts given. Returns a new tensor like ``x``. Raises PluginError (a ValueError) on shapes or dtypes that disagree.
     """
-    return _op(
+    # Eagerly the function itself: through torch's dispatcher its torch calls cost a twentieth of a small layer more.
+    eager = type(x) is Tensor and not x.requires_grad and not torch.compiler.is_compiling()
+    return (_cpu if eager else _op)(
         *(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids),
         *(activation.kind, activation.alpha, activation.beta, activation.limit),
         *(apply_router_weight_on_input, expert_map, w13_input_scale, w2_input_scale),

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .values import BLOCK, E2M1_VALUES
+from .values import BLOCK, E2M1_VALUES, unpack
 
 # Two lookups (a byte -> its two float32 values moved as one int64; a scale byte -> float32), one multiply in place.
 # First quartile of 15 to 20 calls in ms, 2 AVX-512 cores without a bf16 unit and not quite idle, for 1 M / 4 M values.
@@ -81,4 +81,48 @@ def unscaled(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32, 
         values.mul_(scales.index_select(0, scale_bytes[start:end].int()).unsqueeze(1))
         if scratch is not None:
             rows[start:end].copy_(values)
+    return out
+
+
+# The code of plane p is at bits 15-4p..12-4p of its 16-bit word. Shifted to the top and, with its sign, three bits down, it has
+# its sign, exponent and mantissa bits where a float16 has them (a subnormal one where E2M1 has one): its value times 2^-14.
+_PLANES = 4
+_PLANE_MASK = 0x8E00 - 0x10000
+_PLANE_EXPONENT = 14
+
+
+def to_planes(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The form that :func:`unscaled_planes` reads, 0.625 byte a weight; ``packed`` and ``scale`` as in :func:`unscaled`.
+
+    Returns uint8 ``[..., N/4, 2K]``, where 16 bits hold one code from each quarter of the N rows, so that a few whole-tensor
+    operations unpack them in order; and bfloat16 ``[..., N, K/16]``, the scales times 2^14 (exact, and read without a lookup).
+    Raises ValueError if dtypes or shapes disagree, or N is not a multiple of 4.
+    """
+    check_shapes(packed, scale)
+    if packed.ndim < 2 or packed.shape[-2] % _PLANES:
+        raise ValueError(f"packed: found shape {list(packed.shape)}; allowed: [..., N, K/2] with N a multiple of {_PLANES}")
+    first, second, third, fourth = unpack(packed).chunk(_PLANES, dim=-2)
+    # Little-endian words.
+    words = torch.stack((fourth | (third << 4), second | (first << 4)), dim=-1).flatten(-2)
+    return words, (scale.float() * 2.0**_PLANE_EXPONENT).bfloat16()
+
+
+@cache
+def _shifts() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(0, 16, 4, dtype=torch.int16).view(_PLANES, 1)
+
+
+def unscaled_planes(words: Tensor, scale: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """:func:`unscaled` of E matrices in the form of :func:`to_planes`: float32 ``out [E, N, K]``, contiguous, filled and returned.
+
+    ``words`` uint8 ``[E, N/4, 2K]`` and ``scale`` bfloat16 ``[E, N, K/16]``, contiguous; ``bits`` int16, as many as ``out``'s
+    values, is overwritten. Shapes are not checked. About half the time of :func:`unscaled`, whose lookup
+    torch does one byte at a time; 1.4 M values with one AVX-512 core: 0.39 ms beside 0.66 ms.
+    """
+    codes = bits.view(out.shape[0], _PLANES, -1)
+    torch.bitwise_left_shift(words.view(torch.int16).view(out.shape[0], 1, -1), _shifts(), out=codes)
+    codes.bitwise_right_shift_(3).bitwise_and_(_PLANE_MASK)
+    out.view(codes.shape).copy_(codes.view(torch.float16))
+    out.view(-1, BLOCK).mul_(scale.view(-1, 1))
     return out

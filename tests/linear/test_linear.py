@@ -5,9 +5,10 @@ import torch
 
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.linear import op, reference
-from moe_backend_plugin.linear.op import nvfp4_linear
+from moe_backend_plugin.linear.op import prepare
 from moe_backend_plugin.linear.scratch import SCRATCH_VALUES, scratch
 from moe_backend_plugin.nvfp4.format import quantize, quantize_activations
+from moe_backend_plugin.nvfp4.unscaled import to_planes, unscaled, unscaled_planes
 
 OP = torch.ops.moe_backend_plugin.nvfp4_linear.default
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -21,6 +22,11 @@ def make(rows=80, columns=96, seed=0):
     scale = (torch.rand(rows, columns // 16, generator=rng) * 400).to(torch.float8_e4m3fn)
     row_scale = (0.5 + torch.rand(rows, generator=rng)) / (600 * math.sqrt(columns))
     return packed, scale, row_scale
+
+
+def nvfp4_linear(x, packed, scale, row_scale, *others):
+    """The op on weights as the reference takes them."""
+    return op.nvfp4_linear(x, *prepare(packed, scale, row_scale), *others)
 
 
 def naive(x, packed, scale, row_scale, bias=None):
@@ -140,24 +146,50 @@ def test_opcheck(extras):
     input_scale = torch.tensor(0.002) if "input_scale" in extras else None
     # test_schema compares inputs with allclose, which torch lacks for float8: the next test takes its place.
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(OP, (x, *make(), bias, input_scale), test_utils=utils)
+    torch.library.opcheck(OP, (x, *prepare(*make()), bias, input_scale), test_utils=utils)
 
 
 @pytest.mark.parametrize("w4a4", [False, True])
 def test_inputs_are_not_changed(w4a4):
-    arguments = [torch.randn(5, 96), *make(), torch.randn(80)] + ([torch.tensor(0.002)] if w4a4 else [])
+    arguments = [torch.randn(5, 96), *prepare(*make()), torch.randn(80)] + ([torch.tensor(0.002)] if w4a4 else [])
     before = [t.clone() for t in arguments]
-    nvfp4_linear(*arguments)
+    op.nvfp4_linear(*arguments)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, arguments, strict=True) if a.ndim)
     assert not any(a.alias_info for a in OP._schema.arguments)
 
 
 def test_opaque_to_torch_compile():
-    weights = make()
-    compiled = torch.compile(lambda x: nvfp4_linear(x + 1, *weights) * 2, fullgraph=True, backend="eager", dynamic=True)
+    weights = prepare(*make())
+    compiled = torch.compile(lambda x: op.nvfp4_linear(x + 1, *weights) * 2, fullgraph=True, backend="eager", dynamic=True)
     for shape in ((4, 96), (2, 5, 96)):
         x = torch.randn(shape)
-        assert torch.equal(compiled(x), nvfp4_linear(x + 1, *weights) * 2)
+        assert torch.equal(compiled(x), op.nvfp4_linear(x + 1, *weights) * 2)
+
+
+def test_planes_are_exact():
+    """Every byte with every scale, zero and subnormal ones too, to the bit."""
+    packed = torch.arange(256, dtype=torch.uint8).view(1, 1, 256).repeat(2, 128, 1)
+    scale = torch.arange(254, dtype=torch.uint8).remainder_(127).repeat(33)[: 2 * 128 * 32].view(2, 128, 32).view(torch.float8_e4m3fn)
+    words, planes_scale = to_planes(packed, scale)
+    assert words.nbytes + planes_scale.nbytes == 0.625 * packed.numel() * 2
+    out = unscaled_planes(words, planes_scale, torch.empty(2 * 128 * 512, dtype=torch.int16), torch.empty(2, 128, 512))
+    assert torch.equal(out.view(torch.int32), unscaled(packed, scale).view(torch.int32))
+
+
+def test_planes_want_rows_by_four():
+    packed, scale, _ = make(rows=6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        to_planes(packed, scale)
+
+
+@pytest.mark.parametrize("rows", [5, 79, 82])
+def test_any_number_of_rows(rows):
+    weights = make(rows=rows)
+    x = torch.randn(3, 96)
+    got = nvfp4_linear(x, *weights)
+    assert got.is_contiguous()
+    assert_close(got, naive(x, *weights))
+    assert_close(nvfp4_linear(x, *weights, torch.ones(rows)), naive(x, *weights, torch.ones(rows)))
 
 
 def test_scratch_is_bounded():

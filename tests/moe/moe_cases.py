@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_backend_plugin.moe.cpu import fused_moe_cpu
-from moe_backend_plugin.moe.op import nvfp4_moe
+from moe_backend_plugin.moe.op import nvfp4_moe, prepare
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.reference import fused_moe
 
@@ -30,16 +30,22 @@ class Layer:
         w13, w2 = self.input_scales or (None, None)
         return {"expert_map": self.expert_map, "w13_input_scale": w13, "w2_input_scale": w2}
 
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = self.weights
+        w13, w13_scale, w2, w2_scale = prepare(w13, w13_scale, w2, w2_scale)
+        return w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2
+
     def reference(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         return fused_moe(x, *self.weights, weights, ids, self.problem, **self.scales)
 
     def op(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         on_input = self.problem.apply_router_weight_on_input
-        return nvfp4_moe(x, *self.weights, weights, ids, self.problem.activation, apply_router_weight_on_input=on_input, **self.scales)
+        return nvfp4_moe(x, *self.prepared, weights, ids, self.problem.activation, apply_router_weight_on_input=on_input, **self.scales)
 
     def fast(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         on_input = self.problem.apply_router_weight_on_input
-        return fused_moe_cpu(x, *self.weights, weights, ids, self.problem.activation, on_input, **self.scales)
+        return fused_moe_cpu(x, *self.prepared, weights, ids, self.problem.activation, on_input, **self.scales)
 
 
 def make_layer(

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import ModelWeightParameter, PerTensorScaleParameter
 
 from ...errors import CheckpointError
-from ...linear.op import nvfp4_linear
+from ...linear.op import nvfp4_linear, prepare
 from ...nvfp4.format import BLOCK
 from ...nvfp4.scheme import TensorNames
 from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
@@ -20,9 +20,10 @@ from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_s
 class Nvfp4LinearMethod(LinearMethodBase):
     """A column-, row- or merged-parallel linear layer, or the output matrix, with NVFP4 weights.
 
-    After loading the layer holds ``weight`` uint8 [N, K/2], ``weight_scale`` float8_e4m3fn [N, K/16], ``row_scale``
-    float32 [N] and, where activations are rounded to NVFP4 as well, ``input_scale`` float32 [].  A fused layer (q, k
-    and v; gate and up) keeps each part's own global scale: ``row_scale`` says it once a row, so nothing is requantised.
+    After loading the layer holds what the op's ``prepare`` made of its weights: ``weight`` uint8 [N/4, 2K], ``weight_scale``
+    bfloat16 [N, K/16] and ``row_scale`` float32 [N]; and, where activations are rounded to NVFP4 as well, ``input_scale``
+    float32 [].  A fused layer (q, k and v; gate and up) keeps each part's own global scale: ``row_scale`` says it once a row,
+    so nothing is requantised.
     """
 
     def __init__(self, names: TensorNames, checkpoint_activations: str, use_nvfp4: bool, prefix: str) -> None:
@@ -99,6 +100,7 @@ class Nvfp4LinearMethod(LinearMethodBase):
         for name in (names.weight, names.scale, names.global_scale, names.input_scale):
             if hasattr(layer, name):
                 delattr(layer, name)
+        weight, scale, row_scale = prepare(weight, scale, row_scale)
         layer.weight = Parameter(weight, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.row_scale = Parameter(row_scale, requires_grad=False)

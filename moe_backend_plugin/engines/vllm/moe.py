@@ -16,16 +16,17 @@ from ...moe.op import nvfp4_moe
 from ...moe.problem import Activation
 from ...nvfp4.format import BLOCK
 from ...nvfp4.scheme import TensorNames
+from ...nvfp4.unscaled import to_planes
 from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
 
 
 class Nvfp4MoEMethod(FusedMoEMethodBase):
     """The routed experts of one layer.  Routing, shared experts and reductions stay vLLM's.
 
-    After loading the layer holds, for its E local experts of width I: ``w13_weight`` uint8 [E, 2I, H/2] (gate rows,
-    then up rows; [E, I, H/2] without a gate), ``w2_weight`` uint8 [E, H, I/2], their block scales ``w13_weight_scale``
-    and ``w2_weight_scale`` (float8_e4m3fn, K/16 columns) and their global scales ``w13_scale_2`` float32 [E, 2 or 1]
-    and ``w2_scale_2`` float32 [E].  Gate and up keep their own global scale each.
+    After loading the layer holds, for its E local experts of width I and in the form of ``to_planes``: ``w13_weight`` uint8
+    [E, 2I/4, 2H] (gate rows, then up rows; [E, I/4, 2H] without a gate), ``w2_weight`` uint8 [E, H/4, 2I], their block scales
+    ``w13_weight_scale`` and ``w2_weight_scale`` (bfloat16, K/16 columns); and their global scales ``w13_scale_2`` float32
+    [E, 2 or 1] and ``w2_scale_2`` float32 [E].  Gate and up keep their own global scale each.
     """
 
     def __init__(self, names: TensorNames, checkpoint_activations: str, use_nvfp4: bool, prefix: str, moe_config: FusedMoEConfig) -> None:
@@ -133,6 +134,7 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
             if gemm == "w13" and self.moe.activation is MoEActivation.SWIGLUOAI:
                 # This activation's checkpoints interleave gate and up rows; the op wants all gates, then all ups.
                 weight, scale = (torch.cat((t[:, 0::2], t[:, 1::2]), dim=1) for t in (weight, scale))
+            weight, scale = to_planes(weight, scale)
             setattr(layer, f"{gemm}_weight", Parameter(weight, requires_grad=False))
             setattr(layer, f"{gemm}_weight_scale", Parameter(scale, requires_grad=False))
             setattr(layer, f"{gemm}_scale_2", Parameter(scale_2, requires_grad=False))
