@@ -79,9 +79,10 @@ def serve(provider: str, layers: int, state: str) -> dict[str, float]:
         times = {}
         for tokens in (1, NEW):  # the difference is decode alone
             sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-            llm.generate(prompts, sampling, use_tqdm=False)
+            for _ in range(3):  # Triton compiles for new batch shapes as they come
+                llm.generate(prompts, sampling, use_tqdm=False)
             runs = []
-            for _ in range(3):
+            for _ in range(7):
                 start = time.perf_counter()
                 llm.generate(prompts, sampling, use_tqdm=False)
                 runs.append(time.perf_counter() - start)

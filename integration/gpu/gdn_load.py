@@ -1,10 +1,11 @@
 """On a GPU: minutes of mixed load on pycoder-next through this package's GDN kernels, with aborts, and no answer changed.
 
-    python integration/gpu/gdn_load.py [--minutes 8] [--clients 256] [--drafts 0] [--out FILE]
+    python integration/gpu/gdn_load.py [--minutes 8] [--clients 256] [--drafts 0] [--provider cutedsl] [--out FILE]
 
 128 prompts of 16 to 800 tokens are first answered one at a time.  Then every client asks for them in random order: one request in five
 is given up in mid-stream, every other answer must be the one from the start, or part from it where two tokens were all but tied
 (bfloat16 sums depend on the batch).  Prefix caching is on, so prompts resume from copied states.  Exits 1 on an error or a changed answer.
+``--provider engine`` is the control: the same load on vLLM's own kernels.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,11 +32,12 @@ NOISE = 0.13
 """Two steps of bfloat16 logits between 8 and 16: each of two runs may be off by one."""
 
 
-def start(drafts: int, log: Path) -> subprocess.Popen:
+def start(provider: str, drafts: int, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(MODEL), "--quantization", "nvfp4_cutedsl"]
     command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(PORT), "--served-model-name", "m"]
     command += ["--enable-prefix-caching", "--gpu-memory-utilization", "0.5", "--no-enable-log-requests"]
     command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
+    command += ["--additional-config", json.dumps({"moe_backend_plugin": {"gdn": {"provider": provider}}})]
     if drafts:
         speculation = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
         command += ["--speculative-config", json.dumps(speculation)]
@@ -122,10 +125,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--clients", type=int, default=256)
     parser.add_argument("--drafts", type=int, default=0)
+    parser.add_argument("--provider", choices=["cutedsl", "engine"], default="cutedsl")
     parser.add_argument("--out", type=Path, default=ROOT / "integration/bench/results/gdn_load_h200.json")
     parser.add_argument("--log", type=Path, default=Path("gdn_load.log"))
     arguments = parser.parse_args()
-    server = start(arguments.drafts, arguments.log)
+    server = start(arguments.provider, arguments.drafts, arguments.log)
     try:
         load = asyncio.run(run(arguments.minutes, arguments.clients))
         alive = server.poll() is None
@@ -134,7 +138,7 @@ def main() -> None:
         server.wait(60)
     row = {
         "model": MODEL.name,
-        "provider": "plugin",
+        "provider": "plugin" if arguments.provider == "cutedsl" else "vllm",
         "minutes": arguments.minutes,
         "clients": arguments.clients,
         "drafts": arguments.drafts,
@@ -146,7 +150,9 @@ def main() -> None:
         "errors": len(load.errors),
         "output_tok_s": round(load.tokens / (60 * arguments.minutes)),
     }
-    print(json.dumps(row), load.wrong[:10], load.errors[:3])
+    print(json.dumps(row), *load.errors[:3])
+    for (prompt, position, gap), count in Counter((i, at, round(gap, 3)) for i, at, gap in load.wrong).most_common():
+        print(f"prompt {prompt} of {len(load.prompts[prompt])} tokens changes at token {position}: preferred by {gap}, {count} times")
     arguments.out.write_text(
         json.dumps({"stamp": gpu_stamp("python integration/gpu/gdn_load.py"), "ceilings": {}, "rows": [row]}, indent=1) + "\n"
     )

@@ -18,10 +18,10 @@ def settings(provider: str) -> dict:
     return {"moe_backend_plugin": {"gdn": {"provider": provider}}}
 
 
-def count_same(ours: list[Answer], theirs: list[Answer]) -> int:
+def count_same(ours: list[Answer], theirs: list[Answer], noise: float = NOISE) -> int:
     """How many texts are equal, or part where the reference had two tokens all but tied (see ``answers.divergence``)."""
     parted = {i: found for i, pair in enumerate(zip(theirs, ours, strict=True)) if (found := divergence(*pair))}
-    ties = [i for i, (_, preference) in parted.items() if preference < NOISE]
+    ties = [i for i, (_, preference) in parted.items() if preference < noise]
     print(f"{len(ours) - len(parted)} of {len(ours)} texts equal, {len(ties)} part at a tie: {parted}")
     return len(ours) - len(parted) + len(ties)
 
@@ -30,11 +30,14 @@ def test_512_tokens_as_vllms_own_path(engines: EngineHost, next_model: Path) -> 
     """32 texts of 512 tokens are those of vLLM's own path, or part from them where two tokens were all but tied.
 
     A wrong state would part them where vLLM was sure of its token, too.  Letters alone are no measure here: vLLM's kernel
-    rounds the step size to bfloat16 and this package does not, and bfloat16 logits tie often.
+    rounds the step size to bfloat16 after every operation and this package does not, and vLLM against itself keeps 26 of
+    these texts when only the CPU features it may use change.  Logits are fp32 on both sides, so that a tie is one of the
+    model and not of bfloat16; the bound is half a step of what bfloat16 logits would have.
     """
     prompts = python_prompts(32)
-    ours, theirs = (engines.generate(next_model, prompts, 512, additional_config=settings(p)) for p in ("torch", "engine"))
-    assert count_same(ours, theirs) >= 30
+    fp32_logits = {"hf_overrides": {"head_dtype": "float32"}}
+    ours, theirs = (engines.generate(next_model, prompts, 512, additional_config=settings(p), **fp32_logits) for p in ("torch", "engine"))
+    assert count_same(ours, theirs, noise=0.03) >= 30
 
 
 def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None:

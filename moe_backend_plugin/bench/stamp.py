@@ -38,8 +38,8 @@ def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
     """Commit (None outside a git checkout), date, device, driver and package versions."""
     status = _git("status", "--porcelain", "--", "moe_backend_plugin")
     return {
-        # Where the tree lies without its repository, whoever copied it there may say which commit it is.
-        "commit": _git("rev-parse", "HEAD") or os.environ.get("MOE_BACKEND_BENCH_COMMIT"),
+        # A copy of the tree may lie without its repository, or in an older one: whoever made it may say which commit it is.
+        "commit": os.environ.get("MOE_BACKEND_BENCH_COMMIT") or _git("rev-parse", "HEAD"),
         "tree_is_clean": None if status is None else not status,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
