@@ -34,14 +34,14 @@ def doctor(
 def _examine_model(model: Path, config: dict[str, Any], machine) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from moe_backend_plugin.cli.inventory import inventory, model_facts
+    from moe_backend_plugin.cli.inventory import choices_for, inventory, model_facts
     from moe_backend_plugin.errors import CheckpointError
     from moe_backend_plugin.nvfp4.checkpoint import check_checkpoint
     from moe_backend_plugin.nvfp4.files import read_headers
 
     tensors = read_headers(model)
     facts = model_facts(config, tensors)
-    layers = inventory(tensors, machine.choices)
+    layers = inventory(tensors, choices_for(config, machine.choices))
     check = "passed (headers and global scales)"
     try:
         check_checkpoint(model, depth="headers")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_backend_plugin.device import Choice
+from moe_backend_plugin.gdn.support import heads_reason
 from moe_backend_plugin.nvfp4.files import Stored
 
 KINDS = (
@@ -46,6 +47,16 @@ class LayerRow:
 def layer_kind(name: str) -> str:
     """The kind of layer a tensor belongs to."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), "other")
+
+
+def choices_for(config: dict[str, Any], choices: dict[str, Choice]) -> dict[str, Choice]:
+    """``choices`` of this machine as they stand for one model: GDN layers of other heads than the kernels serve stay the engine's."""
+    text = config.get("text_config", config)
+    names = {"head_k": "key_head_dim", "head_v": "value_head_dim", "key_heads": "num_key_heads", "value_heads": "num_value_heads"}
+    heads = {ours: text.get(f"linear_{name}") for ours, name in names.items()}
+    if choices["gdn"].provider != "cutedsl" or None in heads.values() or (reason := heads_reason(**heads)) is None:
+        return choices
+    return {**choices, "gdn": replace(choices["gdn"], provider="engine", reason=reason)}
 
 
 def inventory(tensors: dict[str, Stored], choices: dict[str, Choice]) -> list[LayerRow]:

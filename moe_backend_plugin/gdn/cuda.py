@@ -15,10 +15,9 @@ import torch
 
 from ..kernels import compile as kernels
 from ..kernels.gdn_decode import HEAD, MAX_TOKENS, Variant
+from .support import heads_reason
 
 FAMILY = "gdn_decode"
-HEADS_PER_GROUP = (1, 2, 3, 4, 8)
-"""Ratios HV / HQ that are compiled and tested."""
 STATE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
 
@@ -44,10 +43,8 @@ def unsupported_reason(
     *, head_k: int, head_v: int, key_heads: int, value_heads: int, state: torch.dtype, tokens: torch.dtype
 ) -> str | None:
     """Why the kernels cannot serve a layer with these heads and types, or None if they can."""
-    if (head_k, head_v) != (HEAD, HEAD):
-        return f"head sizes K={head_k}, V={head_v}; the kernels serve K=V={HEAD}"
-    if key_heads <= 0 or value_heads % key_heads or value_heads // key_heads not in HEADS_PER_GROUP:
-        return f"{value_heads} value heads on {key_heads} key heads; the kernels serve ratios {', '.join(map(str, HEADS_PER_GROUP))}"
+    if reason := heads_reason(head_k=head_k, head_v=head_v, key_heads=key_heads, value_heads=value_heads):
+        return reason
     if state not in STATE_TYPES:
         return f"state dtype {state}; the kernels serve {', '.join(map(name_of, STATE_TYPES))}"
     if tokens not in TOKEN_TYPES:

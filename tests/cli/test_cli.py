@@ -158,6 +158,18 @@ def test_doctor_model_with_gdn_layers(packages):
     assert rows["shared experts", "nvfp4"]["count"] == 12 and rows["gdn state update", "bf16"]["provider"] == "torch"
 
 
+@pytest.mark.parametrize(("head", "provider", "words"), [(128, "cutedsl", "CuTe DSL"), (64, "engine", "K=64")])
+def test_doctor_says_which_gdn_layers_the_kernels_serve(packages, monkeypatch, tmp_path, head, provider, words):
+    monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
+    model = tmp_path / "model"
+    shutil.copytree(NEXT, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "linear_key_head_dim": head}))
+    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
+    row = next(row for row in layers if row["kind"] == "gdn state update")
+    assert row["provider"] == provider and words in row["reason"]
+
+
 def test_doctor_model_that_cannot_be_served(packages, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MOE, model)

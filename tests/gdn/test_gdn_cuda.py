@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_backend_plugin.gdn import reference
+from moe_backend_plugin.gdn import reference, support
 from moe_backend_plugin.gdn.slots import NullRule, PoolLayout, Slots
 
 
@@ -171,7 +171,7 @@ CALLS = {
     )
     for state in cuda.STATE_TYPES
     for act in cuda.TOKEN_TYPES
-    for ratio in cuda.HEADS_PER_GROUP
+    for ratio in support.HEADS_PER_GROUP
 }
 CALLS |= {
     f"accepted-{cuda.name_of(s)}-{cuda.name_of(i)}": partial(ragged, "accepted", state=s, index=i)

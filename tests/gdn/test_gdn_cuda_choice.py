@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_backend_plugin.gdn import cuda
+from moe_backend_plugin.gdn import cuda, support
+from moe_backend_plugin.kernels import gdn_decode
 from moe_backend_plugin.kernels.gdn_decode import Variant
 
 QWEN = dict(head_k=128, head_v=128, key_heads=16, value_heads=32, state=torch.float32, tokens=torch.bfloat16)
+
+
+def test_heads_are_judged_as_the_kernel_is_written():
+    assert support.HEAD == gdn_decode.HEAD
 
 
 def test_qwen_layers_are_taken():
