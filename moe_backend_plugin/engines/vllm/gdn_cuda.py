@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as vllm_gdn
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
@@ -24,6 +25,7 @@ from ...gdn import cuda
 from ...kernels import compile as kernels
 from .settings import plugin_config
 
+logger = init_logger("vllm.moe_backend_plugin")
 _exchanged: ContextVar[bool] = ContextVar("_exchanged", default=False)
 
 
@@ -54,7 +56,9 @@ def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig)
         bias=layer.dt_bias.dtype,
         heads_per_group=layer.num_v_heads // layer.num_k_heads,
     )
-    cuda.prepare(kinds, torch.device("cuda", torch.accelerator.current_device_index()), speculative=layer.num_spec > 0)
+    device = torch.device("cuda", torch.accelerator.current_device_index())
+    if compiled := cuda.prepare(kinds, device, speculative=layer.num_spec > 0):
+        logger.info_once("Compiled %d gated-delta-net kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
     return _DECODE
 
 
