@@ -2,7 +2,8 @@
 
     python integration/gpu/engine_path.py
 
-This release hands every layer to vLLM on a GPU, so the two must agree to the token.  Prints one JSON object; exits 1 on a difference.
+This release hands every NVFP4 layer to vLLM on a GPU, and gated-delta-net layers are this package's in both runs, so the two must agree
+to the token.  Prints one JSON object; exits 1 on a difference.
 """
 
 from __future__ import annotations
