@@ -14,14 +14,14 @@ from typing import Literal
 
 from moe_backend_plugin.config import PluginConfig
 from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
+from moe_backend_plugin.kernels.compile import architecture_of
 
 LayerKind = Literal["moe", "linear", "gdn"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
-# Compute capabilities for which this package has CuTe DSL kernels, by layer kind: those they have run on, and those they compile for.
-_RUN = {"gdn": (9,)}
-_COMPILED = {"gdn": (9, 10)}
+# Layer kinds with CuTe DSL kernels of this package, and the architectures that these have run on.
+_RUN = {"gdn": ("sm_90a",)}
 # What the engines run on each architecture without this package.
 _ENGINE_PATHS = {
     ("moe", "sm90"): "Humming or Marlin",
@@ -96,8 +96,8 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
         raise ConfigError("layer kind", repr(layer_kind), ", ".join(LAYER_KINDS))
     asked = getattr(config, layer_kind).provider
     name = LAYER_NAMES[layer_kind]
-    major = device.capability[0] if device.capability else None
-    missing = () if device.kind == "cpu" or major in _COMPILED.get(layer_kind, ()) else (f"{name} kernel for {device.arch}",)
+    target = architecture_of(device.capability) if device.capability and layer_kind in _RUN else None
+    missing = () if device.kind == "cpu" or target else (f"{name} kernel for {device.arch}",)
     if asked == "torch":
         if device.kind != "cpu":
             raise UnsupportedLayerError(
@@ -105,19 +105,19 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
             )
         return Choice("torch", f"{layer_kind}.provider is torch")
     if asked == "cutedsl":
-        if major not in _COMPILED[layer_kind]:
+        if target is None:
             raise UnsupportedLayerError(
                 where or f"{name} layers",
                 f"{layer_kind}.provider: cutedsl on {device.name}",
                 "a GPU of compute capability 9.0 or 10.x, or auto",
             )
-        untried = "" if major in _RUN[layer_kind] else "; these kernels compile for this device and have not been run on one"
+        untried = "" if target in _RUN[layer_kind] else "; these kernels compile for this device and have not been run on one"
         return Choice("cutedsl", f"{layer_kind}.provider is cutedsl{untried}")
     if asked == "engine":
         return Choice("engine", f"{layer_kind}.provider is engine; {_engine_path(layer_kind, device)}", missing)
     if device.kind == "cpu":
         return Choice("torch", f"cpu: this package's torch ops serve {name} layers", missing)
-    if major in _RUN.get(layer_kind, ()):
+    if target in _RUN.get(layer_kind, ()):
         return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {name} decode", missing)
     reason = f"{device.arch}: this release has no {name} kernel for this device; {_engine_path(layer_kind, device)}"
     if config.strict:

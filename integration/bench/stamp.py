@@ -35,14 +35,7 @@ def stamp(device: str, driver: str | None = None) -> dict:
 
 
 def gpu_stamp(command: str) -> dict:
-    """The stamp of a figure that depends on the GDN kernels; asks NVML, so that CUDA stays untouched in this process."""
-    import pynvml
-
+    """The stamp of a figure that depends on the GDN kernels."""
     from moe_backend_plugin.device import find_device
-    from moe_backend_plugin.kernels.compile import source_hash as kernel_hash
 
-    pynvml.nvmlInit()
-    driver = pynvml.nvmlSystemGetDriverVersion()
-    pynvml.nvmlShutdown()
-    found = package_stamp.stamp(find_device("cuda").name, driver)
-    return {**found, "kernel": "gdn_decode", "kernel_hash": kernel_hash("gdn_decode"), "command": command}
+    return package_stamp.gpu_stamp(find_device("cuda").name, command)

@@ -38,6 +38,8 @@ def test_512_tokens_as_vllms_own_path(engines: EngineHost, next_model: Path) -> 
     fp32_logits = {"hf_overrides": {"head_dtype": "float32"}}
     ours, theirs = (engines.generate(next_model, prompts, 512, additional_config=settings(p), **fp32_logits) for p in ("torch", "engine"))
     assert count_same(ours, theirs, noise=0.03) >= 30
+    # Ties are rare enough that most texts must be the same to the last token.
+    assert sum(a.text == b.text for a, b in zip(ours, theirs, strict=True)) >= 22
 
 
 def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None:

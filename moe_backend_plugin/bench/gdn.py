@@ -18,9 +18,8 @@ import torch
 
 from ..gdn import reference
 from ..gdn.slots import NullRule, PoolLayout, Slots
+from ..gdn.support import HEAD
 
-HEAD = 128
-"""K and V."""
 HQ = 16
 NORM_EPS = 1e-6
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -48,7 +48,7 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
     def over_floor(row: Row) -> float:
         return row["us"] / (ceilings["empty_us"] + row["us"] * row["copy_fraction"])  # us * copy_fraction = bytes / copy's speed
 
-    def speed_up(other: str, ours: str = "plugin", pool: str = "single") -> Callable[[Row], float | None]:
+    def speed_up(other: str) -> Callable[[Row], float | None]:
         times = {_key(row): row["us"] for row in rows if row["provider"] == other and row["pool"] == "single"}
         return lambda row: times[_key(row)] / row["us"] if _key(row) in times else None
 

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..kernels.compile import source_hash
+
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, or the site-packages folder of an installed wheel."""
 PACKAGES = (
@@ -47,6 +49,24 @@ def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def gpu_stamp(device: str, command: str, kernel: str = "gdn_decode") -> dict[str, Any]:
+    """The stamp of a figure that ``kernel`` decides, with its source hash and the command that renews the figure."""
+    return {**stamp(device, _driver()), "kernel": kernel, "kernel_hash": source_hash(kernel), "command": command}
+
+
+def _driver() -> str | None:
+    """Of NVML, so that CUDA stays untouched in this process."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001  a figure without the driver's version is better than none
+        return None
+    return version if isinstance(version, str) else version.decode()
 
 
 def _git(*arguments: str) -> str | None:

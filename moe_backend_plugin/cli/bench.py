@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from moe_backend_plugin.cli.output import InputError, command, print_table
+from moe_backend_plugin.gdn.support import HEADS_PER_GROUP
 
 app = typer.Typer(help="Time the kernels on this machine's GPU.", no_args_is_help=True, rich_markup_mode=None)
 
 INSTALL = 'pip install "moe-backend-plugin[bench]"'
-HEADS = (16, 32, 48, 64, 128)
-"""Value heads on 16 key heads: the ratios that the kernels serve."""
+HEADS = tuple(16 * ratio for ratio in HEADS_PER_GROUP)
+"""Value heads on 16 key heads."""
 
 
 @app.command()
@@ -71,34 +72,20 @@ def _device():
     """The GPU to time and the stamp of its results. Raises InputError where this package's kernels cannot run."""
     import torch
 
-    from moe_backend_plugin.bench.stamp import stamp
+    from moe_backend_plugin.bench.stamp import gpu_stamp
 
     if not torch.cuda.is_available():
         raise InputError("bench gdn", "no CUDA device that torch can use", "a machine with an NVIDIA GPU and torch built for CUDA")
     for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
         if importlib.util.find_spec(module) is None:
             raise InputError("bench gdn", f"no package with the module {module}", install)
-    from moe_backend_plugin.gdn.cuda import architecture_of
-    from moe_backend_plugin.kernels.compile import source_hash
+    from moe_backend_plugin.kernels.compile import architecture_of
 
     device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability(device)
     if architecture_of(capability) is None:
         raise InputError("bench gdn", f"{torch.cuda.get_device_name(device)}, compute capability {capability}", "9.0 and 10.x")
-    found = stamp(torch.cuda.get_device_name(device), _driver())
-    return device, {**found, "kernel": "gdn_decode", "kernel_hash": source_hash("gdn_decode"), "command": "moe-backend bench gdn"}
-
-
-def _driver() -> str | None:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except Exception:  # noqa: BLE001  a figure without the driver's version is better than none
-        return None
-    return version if isinstance(version, str) else version.decode()
+    return device, gpu_stamp(torch.cuda.get_device_name(device), "moe-backend bench gdn")
 
 
 def _names(option: str, text: str | None, allowed: list[str]) -> tuple[str, ...] | None:

@@ -26,14 +26,9 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def architecture_of(capability: tuple[int, int]) -> str | None:
-    """The architecture to compile for on a GPU of this compute capability, or None where no kernel of ours runs."""
-    return {9: "sm_90a", 10: "sm_100a"}.get(capability[0])
-
-
 @cache
 def _device_architecture(index: int) -> str:
-    found = architecture_of(torch.cuda.get_device_capability(index))
+    found = kernels.architecture_of(torch.cuda.get_device_capability(index))
     if found is None:
         raise RuntimeError(f"device {index}: compute capability {torch.cuda.get_device_capability(index)}, allowed 9.0 and 10.x")
     return found

@@ -29,6 +29,7 @@ from typing import Any
 logger = logging.getLogger("moe_backend_plugin.kernels")
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
+"""What the kernels are written for."""
 CACHE_VARIABLE = "MOE_BACKEND_PLUGIN_KERNEL_CACHE"
 ENTRY = "kernel"
 """The name of the function inside an object file."""
@@ -37,6 +38,11 @@ FORMAT = "1"
 
 _loaded: dict[str, Callable] = {}
 _folder: str = ""
+
+
+def architecture_of(capability: tuple[int, int]) -> str | None:
+    """The architecture to compile for on a GPU of this compute capability, or None where no kernel of this package runs."""
+    return {9: "sm_90a", 10: "sm_100a"}.get(capability[0])
 
 
 @cache
@@ -61,9 +67,13 @@ def cache_folder() -> Path:
 
 def object_file(family: str, variant: Any, architecture: str) -> Path:
     """The file that holds this kernel, whether it exists or not."""
-    versions = [importlib.metadata.version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi")]
-    text = "\0".join([FORMAT, family, repr(variant), architecture, source_hash(family), platform.machine(), *versions])
+    text = "\0".join([FORMAT, family, repr(variant), architecture, source_hash(family), platform.machine(), *_versions()])
     return cache_folder() / f"{family}-{architecture}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.o"
+
+
+@cache
+def _versions() -> tuple[str, ...]:
+    return tuple(importlib.metadata.version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi"))
 
 
 def compile_for(family: str, variant: Any, architecture: str, *, options: str = "") -> Any:

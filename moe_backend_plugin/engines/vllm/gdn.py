@@ -28,12 +28,13 @@ class PluginGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         choice = provider("gdn", where=self.prefix)
-        self._decode = None
+        self._kernels = None
         if choice.provider == "cutedsl":
             from . import gdn_cuda
 
             if (reason := gdn_cuda.unsupported_reason(self, vllm_config)) is None:
-                self._decode = gdn_cuda.prepare(self, vllm_config)
+                gdn_cuda.prepare(self, vllm_config)
+                self._kernels = gdn_cuda
             elif plugin_config().strict:
                 raise UnsupportedLayerError(self.prefix, reason, "strict: false (the engine serves the layer), or gdn.provider: engine")
             else:
@@ -47,10 +48,10 @@ class PluginGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
 
     def _forward_core(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor) -> None:
         """On a GPU, inside vLLM's own op: [tokens, 2 HQ K + HV V], [tokens, HV] twice -> [tokens, HV, V], pools updated."""
-        if self._decode is None:
+        if self._kernels is None:
             super()._forward_core(mixed_qkv, b, a, core_attn_out)
-        elif not self._decode.step(self, mixed_qkv, b, a, core_attn_out):
-            with self._decode.rows_of_mixed_batches():
+        elif not self._kernels.step(self, mixed_qkv, b, a, core_attn_out):
+            with self._kernels.rows_of_mixed_batches():
                 super()._forward_core(mixed_qkv, b, a, core_attn_out)
 
     def forward_plugin(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as vllm_gdn
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
-from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
 from wrapt import wrap_function_wrapper
 
 from ...gdn import cuda
@@ -45,7 +44,7 @@ def unsupported_reason(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: 
     )
 
 
-def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> Decode:
+def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> None:
     """Compile or load every kernel that this layer can launch, before the first request."""
     kernels.use_cache_folder(plugin_config().kernel_cache)
     # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in.
@@ -59,34 +58,17 @@ def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig)
     device = torch.device("cuda", torch.accelerator.current_device_index())
     if compiled := cuda.prepare(kinds, device, speculative=layer.num_spec > 0):
         logger.info_once("Compiled %d gated-delta-net kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
-    return _DECODE
 
 
-class Decode:
-    """Both ways a decode row can come; holds no state."""
-
-    def step(self, layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> bool:
-        """Serve a batch that is all decode rows; False, and nothing done, for any other."""
-        attn_metadata = get_forward_context().attn_metadata
-        m = attn_metadata.get(layer.prefix) if isinstance(attn_metadata, dict) else None
-        if m is None or m.num_prefills > 0:
-            return False
-        tokens = m.num_actual_tokens
-        if m.spec_sequence_masks is not None and m.num_decodes == 0:
-            self.drafts(layer, m, mixed_qkv[:tokens], b[:tokens], a[:tokens], out[:tokens])
-            return True
-        if m.spec_sequence_masks is None and m.num_decodes > 0:
-            # One token a row; under a full CUDA graph the rows past the last request hold the null slot.
-            slots = m.non_spec_state_indices_tensor[:tokens]
-            x = _convolve(layer, mixed_qkv[:tokens], conv_state_indices=slots)
-            cuda.decode(x, a[:tokens], b[:tokens], layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, out[:tokens])
-            return True
+def step(layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> bool:
+    """Serve a batch that is all decode rows; False, and nothing done, for any other."""
+    attn_metadata = get_forward_context().attn_metadata
+    m = attn_metadata.get(layer.prefix) if isinstance(attn_metadata, dict) else None
+    if m is None or m.num_prefills > 0:
         return False
-
-    def drafts(
-        self, layer: Any, m: GDNAttentionMetadata, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Rows of one token and its drafts; the state after each goes to a slot of its own."""
+    tokens = m.num_actual_tokens
+    mixed_qkv, b, a, out = mixed_qkv[:tokens], b[:tokens], a[:tokens], out[:tokens]
+    if m.spec_sequence_masks is not None and m.num_decodes == 0:
         rows = m.num_spec_decodes
         slots, starts, accepted = m.spec_state_indices_tensor[:rows], m.spec_query_start_loc[: rows + 1], m.num_accepted_tokens[:rows]
         x = _convolve(
@@ -97,32 +79,41 @@ class Decode:
             query_start_loc=starts,
             max_query_len=slots.shape[1],
         )
-        cuda.decode(
-            x,
-            a,
-            b,
-            layer.A_log,
-            layer.dt_bias,
-            layer.kv_cache[1],
-            slots,
-            out,
-            write=slots,
-            cu_seqlens=starts,
-            num_accepted=accepted,
-            max_tokens=slots.shape[1],
-        )
-
-    @contextmanager
-    def rows_of_mixed_batches(self) -> Iterator[None]:
-        """While open, the decode rows that vLLM's own code meets in a batch with prefills are this package's."""
-        token = _exchanged.set(True)
-        try:
-            yield
-        finally:
-            _exchanged.reset(token)
+        _decode_drafts(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, starts, accepted, out)
+        return True
+    if m.spec_sequence_masks is None and m.num_decodes > 0:
+        # One token a row; under a full CUDA graph the rows past the last request hold the null slot.
+        slots = m.non_spec_state_indices_tensor[:tokens]
+        x = _convolve(layer, mixed_qkv, conv_state_indices=slots)
+        cuda.decode(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, out)
+        return True
+    return False
 
 
-_DECODE = Decode()
+@contextmanager
+def rows_of_mixed_batches() -> Iterator[None]:
+    """While open, the decode rows that vLLM's own code meets in a batch with prefills are this package's."""
+    token = _exchanged.set(True)
+    try:
+        yield
+    finally:
+        _exchanged.reset(token)
+
+
+def _decode_drafts(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    starts: torch.Tensor,
+    accepted: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Rows of one token and its drafts; the state after each goes to a slot of its own, ``slots`` [rows, columns]."""
+    cuda.decode(x, a, b, A_log, dt_bias, pool, slots, out, write=slots, cu_seqlens=starts, num_accepted=accepted, max_tokens=slots.shape[1])
 
 
 def _convolve(layer: Any, x: torch.Tensor, **rows: Any) -> torch.Tensor:
@@ -164,29 +155,15 @@ def _update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k [1, tokens, HQ, K], v [1, tokens, HV, V] -> (out [1, tokens, HV, V], the pool)."""
     assert inplace_final_state and use_qk_l2norm_in_kernel
-    tokens = q.shape[1]
+    tokens, rows = q.shape[1], cu_seqlens.shape[0] - 1
     packed = torch.cat([part.reshape(tokens, -1) for part in (q, k, v)], dim=-1)
     out = torch.zeros_like(v)
     if num_accepted_tokens is None:
         # vLLM hands over the slots of the prefills as well; decode rows come first.
-        cuda.decode(packed, a, b, A_log, dt_bias, initial_state, ssm_state_indices[: cu_seqlens.shape[0] - 1], out[0])
+        cuda.decode(packed, a, b, A_log, dt_bias, initial_state, ssm_state_indices[:rows], out[0])
     else:
-        rows = cu_seqlens.shape[0] - 1
-        slots = ssm_state_indices[:rows]
-        cuda.decode(
-            packed,
-            a,
-            b,
-            A_log,
-            dt_bias,
-            initial_state,
-            slots,
-            out[0],
-            write=slots,
-            cu_seqlens=cu_seqlens,
-            num_accepted=num_accepted_tokens[:rows],
-            max_tokens=slots.shape[1],
-        )
+        slots, accepted = ssm_state_indices[:rows], num_accepted_tokens[:rows]
+        _decode_drafts(packed, a, b, A_log, dt_bias, initial_state, slots, cu_seqlens, accepted, out[0])
     return out, initial_state
 
 
