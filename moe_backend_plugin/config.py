@@ -29,7 +29,7 @@ EXTRA_SOURCE = "the engine's additional config"
 DEFAULT_SOURCE = "default"
 
 Provider = Literal["auto", "torch", "engine"]
-GdnProvider = Literal["auto", "cutedsl", "torch", "engine"]
+KernelProvider = Literal["auto", "cutedsl", "torch", "engine"]
 Activations = Literal["auto", "bf16", "nvfp4"]
 
 
@@ -40,10 +40,15 @@ class _Group(BaseModel):
 class MoeConfig(_Group):
     """Expert layers."""
 
-    provider: Provider = Field("auto", description="who runs the experts: this package's torch ops, or the engine's own kernels")
+    provider: KernelProvider = Field(
+        "auto",
+        description="who runs the experts: this package's CuTe DSL kernels (Hopper) or torch ops (CPU), or the engine's own kernels; "
+        "auto takes this package's wherever it has any for the device",
+    )
     activations: Activations = Field(
         "auto",
-        description="precision of the tokens entering an expert matrix: bf16, nvfp4 (quantised on the fly), or auto (bf16 in this release)",
+        description="precision of the tokens entering an expert matrix: bf16, nvfp4 (quantised on the fly; torch ops only), or auto (bf16 "
+        "in this release)",
     )
 
 
@@ -60,7 +65,7 @@ class LinearConfig(_Group):
 class GdnConfig(_Group):
     """Gated-delta-net (linear attention) layers."""
 
-    provider: GdnProvider = Field(
+    provider: KernelProvider = Field(
         "auto",
         description="who runs the gated-delta-net decode step: this package's CuTe DSL kernels (GPU) or torch ops (CPU), or the engine's "
         "own kernels; auto takes this package's where it has run on such a device: CuTe DSL on Hopper, torch on CPU",

@@ -20,8 +20,14 @@ LayerKind = Literal["moe", "linear", "gdn"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
-# Layer kinds with CuTe DSL kernels of this package, and the architectures that these have run on.
-_RUN = {"gdn": ("sm_90a",)}
+# Layer kinds with CuTe DSL kernels of this package: the architectures these are written for, and those they have run on.
+_WRITTEN = {"moe": ("sm_90a",), "gdn": ("sm_90a", "sm_100a")}
+_RUN = {"moe": ("sm_90a",), "gdn": ("sm_90a",)}
+_GPUS = {
+    "moe": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has)",
+    "gdn": "a GPU of compute capability 9.0 or 10.x",
+}
+_SERVED = {"moe": "NVFP4 MoE layers", "gdn": "gated-delta-net decode"}
 # What the engines run on each architecture without this package.
 _ENGINE_PATHS = {
     ("moe", "sm90"): "Humming or Marlin",
@@ -96,7 +102,8 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
         raise ConfigError("layer kind", repr(layer_kind), ", ".join(LAYER_KINDS))
     asked = getattr(config, layer_kind).provider
     name = LAYER_NAMES[layer_kind]
-    target = architecture_of(device.capability) if device.capability and layer_kind in _RUN else None
+    architecture = architecture_of(device.capability) if device.capability else None
+    target = architecture if architecture in _WRITTEN.get(layer_kind, ()) else None
     missing = () if device.kind == "cpu" or target else (f"{name} kernel for {device.arch}",)
     if asked == "torch":
         if device.kind != "cpu":
@@ -109,7 +116,7 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
             raise UnsupportedLayerError(
                 where or f"{name} layers",
                 f"{layer_kind}.provider: cutedsl on {device.name}",
-                "a GPU of compute capability 9.0 or 10.x, or auto",
+                f"{_GPUS[layer_kind]}, or auto",
             )
         untried = "" if target in _RUN[layer_kind] else "; these kernels compile for this device and have not been run on one"
         return Choice("cutedsl", f"{layer_kind}.provider is cutedsl{untried}")
@@ -118,7 +125,7 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
     if device.kind == "cpu":
         return Choice("torch", f"cpu: this package's torch ops serve {name} layers", missing)
     if target in _RUN.get(layer_kind, ()):
-        return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {name} decode", missing)
+        return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {_SERVED[layer_kind]}", missing)
     reason = f"{device.arch}: this release has no {name} kernel for this device; {_engine_path(layer_kind, device)}"
     if config.strict:
         raise UnsupportedLayerError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_backend_plugin.bench import stamp as package_stamp
@@ -34,8 +35,8 @@ def stamp(device: str, driver: str | None = None) -> dict:
     return {**package_stamp.stamp(device, driver), "source_hash": source_hash()}
 
 
-def gpu_stamp(command: str) -> dict:
-    """The stamp of a figure that depends on the GDN kernels."""
+def gpu_stamp(command: str, kernel: str | Sequence[str] = "gdn_decode") -> dict:
+    """The stamp of a figure that depends on a kernel family, or on several."""
     from moe_backend_plugin.device import find_device
 
-    return package_stamp.gpu_stamp(find_device("cuda").name, command)
+    return package_stamp.gpu_stamp(find_device("cuda").name, command, kernel)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_backend_plugin.kernels.compile import source_hash
+from moe_backend_plugin.bench.stamp import kernel_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "integration" / "bench" / "results").glob("*.json"))
@@ -19,7 +19,7 @@ def stale(file: Path, tree: str | None = None) -> str | None:
     found = stamp.get("kernel_hash")
     if found is None:
         return None
-    tree = tree or source_hash(stamp["kernel"])
+    tree = tree or kernel_hash(stamp["kernel"])
     if found == tree:
         return None
     shown = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file
@@ -40,3 +40,22 @@ def test_a_stale_result_is_named(tmp_path: Path) -> None:
     assert stale(file, "old") is None
     message = stale(file, "new")
     assert all(word in message for word in ("gdn_h200.json", "old", "new", f"moe-backend bench gdn --out {file}"))
+
+
+def test_a_result_of_several_kernels_is_stale_once_one_of_them_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_backend_plugin.bench import stamp
+    from moe_backend_plugin.bench.moe import KERNELS
+
+    sources = dict.fromkeys(KERNELS, "old")
+    monkeypatch.setattr(stamp, "source_hash", sources.__getitem__)
+    file = tmp_path / "moe_h200.json"
+    measured = {
+        "kernel": list(KERNELS),
+        "kernel_hash": stamp.kernel_hash(KERNELS),
+        "device": "NVIDIA H200",
+        "command": "moe-backend bench moe",
+    }
+    file.write_text(json.dumps({"stamp": measured, "ceilings": {}, "rows": []}))
+    assert stale(file) is None
+    sources["moe_route"] = "new"
+    assert f"moe-backend bench moe --out {file}" in stale(file)

@@ -16,6 +16,7 @@ PLUGIN = Path(__file__).parents[2] / "moe_backend_plugin"
 
 LAYERS = "vllm.model_executor.layers"
 EXPERTS = f"{LAYERS}.fused_moe.RoutedExperts"
+MODULAR = f"{LAYERS}.fused_moe.modular_kernel"
 QUANTIZATION = f"{LAYERS}.quantization"
 PARAMETER = "vllm.model_executor.parameter"
 GDN = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
@@ -55,6 +56,20 @@ USES: list[Use] = [
         f"{LAYERS}.fused_moe.FusedMoEConfig",
         "activation swiglu_alpha swiglu_beta swiglu_limit has_bias is_act_and_mul intermediate_size_per_partition moe_parallel_config",
     ),
+    # What decides whether the Hopper kernels serve a layer, and how large its calls are.
+    *attributes(
+        f"{LAYERS}.fused_moe.FusedMoEConfig",
+        "num_experts num_local_experts hidden_dim experts_per_token in_dtype max_num_tokens moe_backend is_lora_enabled has_bias",
+    ),
+    *attributes(
+        f"{LAYERS}.fused_moe.FusedMoEParallelConfig",
+        "enable_eplb use_passthrough_all2all use_all2all_kernels all2all_backend is_sequence_parallel dp_size pcp_size sp_size",
+    ),
+    *attributes(EXPERTS, "expert_map_manager.num_fused_shared_experts global_num_experts activation _expert_routing_tables"),
+    # What vLLM's runner asks of a method: with a modular kernel it leaves the tokens of other ranks to that.
+    *attributes(f"{LAYERS}.fused_moe.FusedMoEMethodBase", "moe_kernel moe_quant_config supports_internal_mk topk_indices_dtype"),
+    Use(f"{MODULAR}.FusedMoEExpertsModular.g1_alphas"),
+    Use(f"{MODULAR}.FusedMoEExpertsModular.g2_alphas"),
     # The GDN layer, its state and its step.  Its custom op takes the layer by name, so nothing there is annotated.
     Use(f"{GDN}.register_oot", Call(1)),
     Use(f"{GDN}.forward", Call(1)),
@@ -99,6 +114,16 @@ SIGNATURES: dict[str, str] = {
     f"{LAYERS}.linear.LinearMethodBase.apply": "layer x bias",
     f"{LAYERS}.fused_moe.FusedMoEMethodBase.create_weights": ("layer num_experts hidden_size intermediate_size_per_partition params_dtype"),
     f"{LAYERS}.fused_moe.FusedMoEMethodBase.apply": "layer x topk_weights topk_ids shared_experts shared_experts_input",
+    f"{MODULAR}.FusedMoEKernel.apply": (
+        "hidden_states w1 w2 topk_weights topk_ids activation global_num_experts expert_map apply_router_weight_on_input "
+        "shared_experts shared_experts_input"
+    ),
+    f"{MODULAR}.FusedMoEExpertsModular.apply": (
+        "output hidden_states w1 w2 topk_weights topk_ids activation global_num_experts expert_map a1q_scale a2_scale workspace13 "
+        "workspace2 expert_tokens_meta apply_router_weight_on_input"
+    ),
+    f"{MODULAR}.FusedMoEExpertsModular.workspace_shapes": ("M N K topk global_num_experts local_num_experts expert_tokens_meta activation"),
+    f"{MODULAR}.FusedMoEExpertsModular.moe_problem_size": "a1 w1 w2 topk_ids",
     f"{QUANTIZATION}.base_config.QuantizationConfig.override_quantization_method": "hf_quant_cfg user_quant hf_config",
     f"{QUANTIZATION}.base_config.QuantizationConfig.maybe_update_config": "model_name hf_config revision",
     f"{QUANTIZATION}.base_config.QuantizationConfig.get_quant_method": "layer prefix",
@@ -117,6 +142,8 @@ SIGNATURES: dict[str, str] = {
 VALUES: dict[str, object] = {
     f"{LAYERS}.fused_moe.FusedMoeWeightScaleSupported.BLOCK": "block",
     "vllm.plugins.DEFAULT_PLUGINS_GROUP": "vllm.general_plugins",
+    # Without --moe-backend.
+    f"{LAYERS}.fused_moe.FusedMoEConfig.moe_backend": "auto",
 }
 
 
@@ -147,10 +174,17 @@ CALLERS = [
     Caller(f"{LAYERS}.logits_processor", "quant_method.apply", "Nvfp4LinearMethod.apply"),
     *(
         Caller("vllm.model_executor.model_loader.utils", "quant_method.process_weights_after_loading", f"{c}.process_weights_after_loading")
-        for c in ("Nvfp4LinearMethod", "Nvfp4MoEMethod")
+        for c in ("Nvfp4LinearMethod", "Nvfp4MoEMethod", "HopperMoEMethod")
     ),
-    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.create_weights", "Nvfp4MoEMethod.create_weights"),
-    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.apply", "Nvfp4MoEMethod.apply"),
+    *(
+        Caller(f"{LAYERS}.fused_moe.routed_experts", f"quant_method.{name}", f"{c}.{name}")
+        for c in ("Nvfp4MoEMethod", "HopperMoEMethod")
+        for name in ("create_weights", "apply")
+    ),
+    *(
+        Caller(MODULAR, f"self.fused_experts.{name}", f"HopperExperts.{name}")
+        for name in ("workspace_shapes", "moe_problem_size", "finalize_weight_and_reduce_impl")
+    ),
     Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.get_fused_moe_quant_config", "Nvfp4MoEMethod.get_fused_moe_quant_config"),
     Caller(f"{LAYERS}.fused_moe.routed_experts", "param.weight_loader", "Nvfp4MoEMethod._scalar_loader.load"),
 ]

@@ -44,13 +44,12 @@ def build(vllm_config, quantized: bool = True, **options):
     torch.manual_seed(1)
     return FusedMoEFactory(
         num_experts=EXPERTS,
-        top_k=TOP_K,
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,
         params_dtype=torch.bfloat16,
         quant_config=Nvfp4CuteDslConfig.from_config(SCHEME) if quantized else None,
         prefix=f"model.layers.{next(_prefix)}.mlp.experts",
-        **options,
+        **{"top_k": TOP_K, **options},
     )
 
 

@@ -7,7 +7,6 @@ wrong or cannot run is not timed, and the reason is stored.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import torch
 from ..gdn import reference
 from ..gdn.slots import NullRule, PoolLayout, Slots
 from ..gdn.support import HEAD
+from .shared import first_line, release
 
 HQ = 16
 NORM_EPS = 1e-6
@@ -399,7 +399,7 @@ def run(options: Options, device: torch.device, say: Callable[[str], None] = pri
 
     cells = plan(options)
     result: dict[str, Any] = {"ceilings": {"copy_TB_s": round(copy_tb_s(device), 4)}, "rows": [], "missing": {}, "skipped": []}
-    _release()
+    release()
     clock = Clock(device)
     result["ceilings"] |= {"empty_us": round(clock.empty_us(), 3), "l2_bytes": clock.l2_bytes}
     say(f"copy {result['ceilings']['copy_TB_s']:.3f} TB/s, empty kernel {result['ceilings']['empty_us']:.2f} us")
@@ -435,7 +435,7 @@ class _Session:
             for name in names if reason else ():
                 self._skip(name, case, reason)
         del pool, write_pool
-        _release()
+        release()
 
     def _cell(self, case: Case, names: tuple[str, ...], pool: torch.Tensor, write_pool: torch.Tensor | None) -> None:
         from .timing import LAUNCHES
@@ -453,12 +453,12 @@ class _Session:
             try:
                 us = self._time(PROVIDERS[name], inputs)
             except ImportError as error:
-                self.result["missing"][name] = _first_line(error)
-                self.say(f"  {name}: {_first_line(error)}")
+                self.result["missing"][name] = first_line(error)
+                self.say(f"  {name}: {first_line(error)}")
             except Exception as error:  # noqa: BLE001  another project's kernel may raise anything; the reason is stored
                 torch.cuda.synchronize()  # raises once more if the device is lost: then nothing after this would be true
-                self.failed[key] = f"at B={case.B}: {_first_line(error)}"
-                self._skip(name, case, _first_line(error))
+                self.failed[key] = f"at B={case.B}: {first_line(error)}"
+                self._skip(name, case, first_line(error))
             else:
                 self.result["rows"].append(row(case, name, us, copy_us, self.result["ceilings"]["copy_TB_s"]))
                 said.append(f"{name} {us:.2f}")
@@ -492,11 +492,6 @@ def row(case: Case, provider: str, us: float, copy_us: float | None, copy_tb: fl
 def _case_fields(case: Case) -> dict[str, Any]:
     fields = asdict(case)
     return {"B": fields.pop("B"), "T": fields.pop("T"), "HV": fields.pop("HV"), "HQ": HQ, "state_dtype": fields.pop("state"), **fields}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def slots_needed(case: Case, launches: int) -> tuple[int, int]:
@@ -533,8 +528,3 @@ def _does_not_fit(case: Case, pool: torch.Tensor, write_pool: torch.Tensor | Non
         if needed > found:
             return f"the {name} needs {needed} slots of {case.row_bytes / 2**20:.2f} MiB, {found} fit"
     return None
-
-
-def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,19 @@ def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
     }
 
 
-def gpu_stamp(device: str, command: str, kernel: str = "gdn_decode") -> dict[str, Any]:
-    """The stamp of a figure that ``kernel`` decides, with its source hash and the command that renews the figure."""
-    return {**stamp(device, _driver()), "kernel": kernel, "kernel_hash": source_hash(kernel), "command": command}
+def gpu_stamp(device: str, command: str, kernel: str | Sequence[str] = "gdn_decode") -> dict[str, Any]:
+    """The stamp of a figure that ``kernel`` (a kernel family, or several) decides: the hash of its sources, and the command that renews
+    the figure."""
+    named = kernel if isinstance(kernel, str) else list(kernel)
+    return {**stamp(device, _driver()), "kernel": named, "kernel_hash": kernel_hash(named), "command": command}
+
+
+def kernel_hash(kernel: str | Sequence[str]) -> str:
+    """Of the source of one kernel family, or of the sources of several in the order given: 16 hexadecimal digits."""
+    if isinstance(kernel, str):
+        return source_hash(kernel)
+    text = "\n".join(f"{family} {source_hash(family)}" for family in kernel)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _driver() -> str | None:

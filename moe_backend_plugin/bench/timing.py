@@ -1,10 +1,10 @@
 """How a kernel is timed, and the ceilings that it is held against: one method for every provider.
 
-Eight launches, each with inputs and state slots of its own, are captured in one CUDA graph; the graph is replayed, events
-around it, and the median over replays divided by eight is the time of a call.  Before each replay, outside the events:
+Eight launches (long calls: fewer), each with inputs and states or weights of its own, are captured in one CUDA graph; the graph is
+replayed, events around it, and the median over replays divided by eight is the time of a call.  Before each replay, outside the events:
 
 1. the GPU sleeps a moment, so that the host is ahead and none of its time is measured;
-2. a read of four times the L2 cache drives every state out of it, also where a batch is so small that eight would stay;
+2. a read of four times the L2 cache drives every state and weight out of it, also where a batch is so small that eight would stay;
 3. what the kernel before would have left in the cache (tokens, gates, slot tables) is read back into it;
 4. one more launch, with inputs of its own, brings the kernel's instructions in.
 """
@@ -19,11 +19,12 @@ import triton
 import triton.language as tl
 
 LAUNCHES = 8
-"""Launches that are timed; launch number ``LAUNCHES`` is the one before them."""
+"""Launches that are timed unless a call says otherwise; launch number ``LAUNCHES`` is the one before them."""
 REPLAYS, WARM_UPS = 20, 3
 SLEEP_CYCLES = 500_000  # about 0.3 ms
 COPY_BLOCK = 1024
 COPY_BYTES = 4 << 30
+MATMUL = 8192
 
 
 @triton.jit
@@ -46,12 +47,12 @@ class Clock:
         self._flush = torch.ones(4 * self.l2_bytes // 8, dtype=torch.int64, device=device)
         self._copies: dict[int, float] = {}
 
-    def time(self, launch: Callable[[int], object], warm: Iterable[torch.Tensor] = ()) -> float:
-        """Microseconds a call of ``launch(i)``, i in 0 .. LAUNCHES; ``warm`` are int64 tensors to be in the cache."""
+    def time(self, launch: Callable[[int], object], warm: Iterable[torch.Tensor] = (), launches: int = LAUNCHES) -> float:
+        """Microseconds a call of ``launch(i)``, i in 0 .. launches; ``warm`` are int64 tensors to be in the cache."""
         warm = list(warm)
-        for i in range(LAUNCHES + 1):  # whatever compiles or loads at a first call stays out of the capture
+        for i in range(launches + 1):  # whatever compiles or loads at a first call stays out of the capture
             launch(i)
-        run_in, graph = _capture(launch, [LAUNCHES]), _capture(launch, range(LAUNCHES))
+        run_in, graph = _capture(launch, [launches]), _capture(launch, range(launches))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
         for _ in range(WARM_UPS + REPLAYS):
@@ -65,7 +66,7 @@ class Clock:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-        return statistics.median(times[WARM_UPS:]) * 1e3 / LAUNCHES
+        return statistics.median(times[WARM_UPS:]) * 1e3 / launches
 
     def empty_us(self) -> float:
         """Microseconds of a kernel that does nothing: what a launch costs."""
@@ -90,7 +91,9 @@ class Clock:
 def _capture(launch: Callable[[int], object], which: Iterable[int]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the current stream where that can be: a kernel's workspace may belong to the stream that its first calls ran on.
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=None if stream == torch.cuda.default_stream() else stream):
         for i in which:
             launch(i)
     return graph
@@ -100,12 +103,23 @@ def copy_tb_s(device: torch.device) -> float:
     """TB/s, bytes read and bytes written, of torch's copy_ of 4 GiB."""
     source = torch.ones(COPY_BYTES // 8, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _median_s(lambda: target.copy_(source)) / 1e12
+
+
+def matmul_tflop_s(device: torch.device) -> float:
+    """TFLOP/s of torch's product of two bf16 matrices of 8192 x 8192 random numbers."""
+    a, b = (torch.randn(MATMUL, MATMUL, device=device).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * MATMUL**3 / _median_s(lambda: torch.mm(a, b, out=out)) / 1e12
+
+
+def _median_s(run: Callable[[], object]) -> float:
     times = []
     for _ in range(WARM_UPS + REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        target.copy_(source)
+        run()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return 2 * COPY_BYTES / (statistics.median(times[WARM_UPS:]) * 1e-3) / 1e12
+    return statistics.median(times[WARM_UPS:]) * 1e-3

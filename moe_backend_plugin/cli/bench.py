@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from moe_backend_plugin.cli.output import InputError, command, print_table
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, print_table
 from moe_backend_plugin.gdn.support import HEADS_PER_GROUP
 
 app = typer.Typer(help="Time the kernels on this machine's GPU.", no_args_is_help=True, rich_markup_mode=None)
@@ -44,48 +44,156 @@ def gdn(
         providers=_names("--providers", providers, list(bench.PROVIDERS)),
         quick=quick,
     )
+    _check_files(out, plot)
+    if not bench.plan(options):
+        raise InputError("bench gdn", "no case that the chosen providers serve", "another choice of --tokens, --state or --providers")
+    device, stamp = _device("bench gdn")
+    out = out or results_folder() / f"gdn_{slug(stamp['device'])}.json"
+    result = _run(bench.run(options, device, say=_say), stamp, out)
+    _print(result, report.summary(result))
+    print(f"{out}: {len(result['rows'])} rows")
+    _plot(report.plot, result, out, plot)
+
+
+@app.command()
+@command
+def moe(
+    models: Annotated[str | None, typer.Option(help="Shapes, e.g. qwen3-30b-a3b,deepseek-v3-ep8. Default: all.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens a call, e.g. 1,32,4096. Default: powers of two from 1 to 16384.")] = None,
+    routings: Annotated[str | None, typer.Option(help="balanced, zipf, one-expert. Default: all.")] = None,
+    providers: Annotated[str | None, typer.Option(help="plugin, marlin, humming, triton_bf16. Default: all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small grid: one model, 1, 32 and 1024 tokens, balanced.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Time to take; what is least important is dropped. Default: 240.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file. Default: moe_<device>.json in integration/bench/results or here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf). Default: beside the JSON file.")] = None,
+) -> None:
+    """Time NVFP4 expert layers beside vLLM's own; writes a JSON file and a plot, prints the figures of the targets."""
+    from moe_backend_plugin.bench import moe as bench
+    from moe_backend_plugin.bench import moe_report
+    from moe_backend_plugin.bench.stamp import results_folder, slug
+
+    options = bench.Options(
+        models=_names("--models", models, list(bench.MODELS)),
+        tokens=_numbers("--tokens", tokens, range(1, bench.TOKENS[-1] + 1)),
+        routings=_names("--routings", routings, list(bench.ROUTINGS)),
+        providers=_names("--providers", providers, list(bench.PROVIDERS)),
+        quick=quick,
+        seconds=bench.SECONDS if seconds is None else seconds,
+    )
+    if not options.seconds > 0:
+        raise InputError("--seconds", str(options.seconds), "more than 0")
+    _check_files(out, plot)
+    device, stamp = _device("bench moe", bench.KERNELS)
+    out = out or results_folder() / f"moe_{slug(stamp['device'])}.json"
+    result = _run(bench.run(options, device, say=_say), stamp, out)
+    summary, ceilings = moe_report.summary(result), result["ceilings"]
+    title = f"NVFP4 MoE layer, copy {ceilings['copy_TB_s']} TB/s, bf16 product {ceilings['matmul_TFLOP_s']} TFLOP/s; geometric mean (range)"
+    if result["rows"]:
+        columns = ("tokens", "figure", *summary[0][2])
+        print_table(title, columns, [(where, figure, *values.values()) for where, figure, values in summary])
+    if result["errors"]:
+        print_table("errors", ("where", "what"), [(_where(entry, "error"), entry["error"]) for entry in result["errors"]])
+    if result["dropped"]:
+        print_table("dropped", ("cell", "why"), [(_where(entry, "why"), entry["why"]) for entry in result["dropped"]])
+    print(f"{out}: {len(result['rows'])} rows in {result['seconds']} s")
+    _plot(moe_report.plot, result, out, plot)
+    if any(entry["provider"] == "plugin" for entry in result["errors"]):
+        raise typer.Exit(EXIT_WRONG)
+
+
+@app.command()
+@command
+def serve(
+    providers: Annotated[str | None, typer.Option(help="plugin, marlin, humming. Default: all.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at a time, e.g. 1,32. Default: 1,8,32,128,256.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=48, help="Layers of the model, for a quick look. Default: 48.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file. Default: serve_vllm_<device>.json in integration/bench/results or here.")
+    ] = None,
+) -> None:
+    """Tokens a second of a Qwen3-30B-A3B-shaped NVFP4 model with random weights in vLLM, with this package's experts and with vLLM's."""
+    from moe_backend_plugin.bench import serve as bench
+    from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
+    from moe_backend_plugin.device import find_device
+
+    options = bench.Options(
+        providers=_names("--providers", providers, list(bench.PROVIDERS)),
+        batches=_numbers("--batch", batch, range(1, 1025)),
+        layers=layers or bench.LAYERS,
+    )
+    _check_files(out, None)
+    device = find_device()  # the engines' processes need the memory, so this one leaves CUDA alone
+    if device.kind != "cuda":
+        raise InputError("bench serve", "no CUDA device", "a machine with an NVIDIA GPU")
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("bench serve", "no package vllm", 'pip install "moe-backend-plugin[vllm]"')
+    stamp = gpu_stamp(device.name, "moe-backend bench serve", bench.KERNELS)
+    out = out or results_folder() / f"serve_vllm_{slug(device.name)}.json"
+    result = _run(bench.run(options, say=_say), stamp, out)
+    if result["rows"]:
+        columns = ("provider", "batch", "output tokens/s", "first token, ms", "prompt tokens/s")
+        keys = ("provider", "batch", "output_tok_s", "first_token_ms", "prefill_tok_s")
+        print_table("Qwen3-30B-A3B shape in vLLM", columns, [[row.get(key) for key in keys] for row in result["rows"]])
+    print(f"{out}: {len(result['rows'])} rows")
+    if result["errors"]:
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
     for name, file in (("--out", out), ("--plot", plot)):
         if file is not None and file.is_dir():
             raise InputError(name, f"{str(file)!r}, which is a folder", "a file's name")
     if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
         raise InputError("--plot", repr(str(plot)), "a file's name that ends in .png, .svg or .pdf")
-    if not bench.plan(options):
-        raise InputError("bench gdn", "no case that the chosen providers serve", "another choice of --tokens, --state or --providers")
-    device, stamp = _device()
-    out = out or results_folder() / f"gdn_{slug(stamp['device'])}.json"
+
+
+def _run(found: Iterable[dict[str, Any]], stamp: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The last of the growing results, with its stamp; each is written as it comes."""
+    from moe_backend_plugin.bench import report
+
     unfinished = out.with_name(out.name + ".unfinished")
     result: dict[str, Any] = {}
-    for found in bench.run(options, device, say=lambda line: print(line, flush=True)):
-        result = {"stamp": stamp, **found}
+    for part in found:
+        result = {"stamp": stamp, **part}
         report.write(result, unfinished)  # what a machine that is taken away leaves behind
     unfinished.replace(out)
-    _print(result, report.summary(result))
-    print(f"{out}: {len(result['rows'])} rows")
+    return result
+
+
+def _plot(draw: Callable[[dict[str, Any], Path], None], result: dict[str, Any], out: Path, plot: Path | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot", "no package matplotlib (the JSON file is written)", INSTALL)
     plot = plot or out.with_suffix(".png")
-    report.plot(result, plot)
+    draw(result, plot)
     print(plot)
 
 
-def _device():
+def _where(entry: dict[str, Any], but: str) -> str:
+    return " ".join(f"{key} {value}" for key, value in entry.items() if key != but)
+
+
+def _device(name: str, kernels: str | Sequence[str] = "gdn_decode"):
     """The GPU to time and the stamp of its results. Raises InputError where this package's kernels cannot run."""
     import torch
 
     from moe_backend_plugin.bench.stamp import gpu_stamp
 
     if not torch.cuda.is_available():
-        raise InputError("bench gdn", "no CUDA device that torch can use", "a machine with an NVIDIA GPU and torch built for CUDA")
+        raise InputError(name, "no CUDA device that torch can use", "a machine with an NVIDIA GPU and torch built for CUDA")
     for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
         if importlib.util.find_spec(module) is None:
-            raise InputError("bench gdn", f"no package with the module {module}", install)
+            raise InputError(name, f"no package with the module {module}", install)
     from moe_backend_plugin.kernels.compile import architecture_of
 
     device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability(device)
     if architecture_of(capability) is None:
-        raise InputError("bench gdn", f"{torch.cuda.get_device_name(device)}, compute capability {capability}", "9.0 and 10.x")
-    return device, gpu_stamp(torch.cuda.get_device_name(device), "moe-backend bench gdn")
+        raise InputError(name, f"{torch.cuda.get_device_name(device)}, compute capability {capability}", "9.0 and 10.x")
+    return device, gpu_stamp(torch.cuda.get_device_name(device), f"moe-backend {name}", kernels)
 
 
 def _names(option: str, text: str | None, allowed: list[str]) -> tuple[str, ...] | None:

@@ -41,7 +41,7 @@ def _examine_model(model: Path, config: dict[str, Any], machine) -> dict[str, An
 
     tensors = read_headers(model)
     facts = model_facts(config, tensors)
-    layers = inventory(tensors, choices_for(config, machine.choices))
+    layers = inventory(tensors, choices_for(config, machine.choices, machine.config.moe.activations))
     check = "passed (headers and global scales)"
     try:
         check_checkpoint(model, depth="headers")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_backend_plugin.device import Choice
+from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.gdn.support import heads_reason
 from moe_backend_plugin.nvfp4.files import Stored
 
@@ -49,14 +50,47 @@ def layer_kind(name: str) -> str:
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), "other")
 
 
-def choices_for(config: dict[str, Any], choices: dict[str, Choice]) -> dict[str, Choice]:
-    """``choices`` of this machine as they stand for one model: GDN layers of other heads than the kernels serve stay the engine's."""
+def choices_for(config: dict[str, Any], choices: dict[str, Choice], moe_activations: str = "auto") -> dict[str, Choice]:
+    """``choices`` of this machine as they stand for one model: layers that the kernels do not serve stay the engine's.
+
+    ``moe_activations``: the setting of that name.
+    """
     text = config.get("text_config", config)
     names = {"head_k": "key_head_dim", "head_v": "value_head_dim", "key_heads": "num_key_heads", "value_heads": "num_value_heads"}
     heads = {ours: text.get(f"linear_{name}") for ours, name in names.items()}
-    if choices["gdn"].provider != "cutedsl" or None in heads.values() or (reason := heads_reason(**heads)) is None:
-        return choices
-    return {**choices, "gdn": replace(choices["gdn"], provider="engine", reason=reason)}
+    found = dict(choices)
+    if choices["gdn"].provider == "cutedsl" and None not in heads.values() and (reason := heads_reason(**heads)):
+        found["gdn"] = replace(choices["gdn"], provider="engine", reason=reason)
+    if choices["moe"].provider == "cutedsl" and (reason := _experts_reason(text, moe_activations)):
+        found["moe"] = replace(choices["moe"], provider="engine", reason=reason)
+    return found
+
+
+def _experts_reason(text: dict[str, Any], activations: str) -> str | None:
+    """Why the kernels cannot serve a model's experts on one GPU, or None if they can, or if its description does not tell."""
+    import torch
+
+    from moe_backend_plugin.moe.problem import Activation, MoEProblem
+
+    sizes = _experts(text), text.get("hidden_size"), text.get("moe_intermediate_size") or text.get("intermediate_size")
+    top_k, function = text.get("num_experts_per_tok"), text.get("hidden_act")
+    if None in (*sizes, top_k, function):
+        return None
+    experts, hidden, width = sizes
+    try:
+        activation = Activation.parse(function, limit=text.get("swiglu_limit"))
+        problem = MoEProblem(experts, experts, hidden, width, top_k, activation, "nvfp4" if activations == "nvfp4" else "bf16")
+    except PluginError as error:
+        return str(error)
+    try:
+        from moe_backend_plugin.moe.cuda import unsupported_reason
+    except ImportError:  # without CuTe DSL the engine's own packages are missing too, and that is said elsewhere
+        return None
+    return unsupported_reason(problem, torch.bfloat16)
+
+
+def _experts(text: dict[str, Any]) -> int | None:
+    return text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts")
 
 
 def inventory(tensors: dict[str, Stored], choices: dict[str, Choice]) -> list[LayerRow]:
@@ -79,7 +113,7 @@ def inventory(tensors: dict[str, Stored], choices: dict[str, Choice]) -> list[La
 def model_facts(config: dict[str, Any], tensors: dict[str, Stored]) -> dict[str, Any]:
     """The figures of a model that decide how it is served."""
     text = config.get("text_config", config)
-    experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts")
+    experts = _experts(text)
     layer_types = text.get("layer_types") or []
     return {
         "architecture": (config.get("architectures") or ["unknown"])[0],

@@ -1,8 +1,13 @@
-"""The torch operator ``moe_backend_plugin::nvfp4_moe``: one NVFP4 MoE layer call, opaque to torch.compile."""
+"""The torch operators of one NVFP4 MoE layer call, opaque to torch.compile.
+
+``moe_backend_plugin::nvfp4_moe`` runs on a CPU, on the planes of codes that :func:`prepare` makes;
+``moe_backend_plugin::nvfp4_moe_packed`` on a Hopper GPU, on the order of :mod:`..nvfp4.hopper`.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +16,10 @@ from ..errors import PluginError
 from ..linear.op import is_eager
 from ..nvfp4.unscaled import to_planes
 from .cpu import fused_moe_cpu
-from .problem import Activation
+from .problem import Activation, MoEProblem
+
+if TYPE_CHECKING:
+    from .cuda import Weights
 
 SCHEMA = (
     "nvfp4_moe(Tensor x, Tensor w13, Tensor w13_scale, Tensor w13_scale_2, Tensor w2, Tensor w2_scale, Tensor w2_scale_2, "
@@ -19,12 +27,19 @@ SCHEMA = (
     "bool apply_router_weight_on_input=False, Tensor? expert_map=None, Tensor? w13_input_scale=None, Tensor? w2_input_scale=None"
     ") -> Tensor"
 )
+PACKED_SCHEMA = (
+    "nvfp4_moe_packed(Tensor x, Tensor w13, Tensor w13_scale_2, Tensor w2, Tensor w2_scale_2, Tensor topk_weights, Tensor topk_ids, "
+    "int num_experts, int intermediate, str activation, float alpha, float beta, float? limit, "
+    "bool apply_router_weight_on_input=False, Tensor? expert_map=None) -> Tensor"
+)
 
 # define/impl instead of torch.library.custom_op: its Python wrapper costs tens of microseconds a call, in every layer.
 _library = torch.library.Library("moe_backend_plugin", "FRAGMENT")
 _library.define(SCHEMA)
+_library.define(PACKED_SCHEMA)
 
 _activation = lru_cache(Activation)
+_problem = lru_cache(MoEProblem)
 
 
 def prepare(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,4 +136,68 @@ def nvfp4_moe(
         *(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids),
         *(activation.kind, activation.alpha, activation.beta, activation.limit),
         *(apply_router_weight_on_input, expert_map, w13_input_scale, w2_input_scale),
+    )
+
+
+def _packed(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale_2: Tensor,
+    w2: Tensor,
+    w2_scale_2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    num_experts: int,
+    intermediate: int,
+    activation: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+) -> Tensor:
+    function = _activation(activation, alpha, beta, limit)
+    sizes = (num_experts, w13.shape[0], x.shape[-1], intermediate, topk_ids.shape[-1])
+    problem = _problem(*sizes, function, "bf16", apply_router_weight_on_input)
+    return _launch(x, (w13, w13_scale_2, w2, w2_scale_2), topk_weights, topk_ids, problem, expert_map)
+
+
+def _launch(
+    x: Tensor, weights: tuple[Tensor, ...], topk_weights: Tensor, topk_ids: Tensor, problem: MoEProblem, expert_map: Tensor | None
+) -> Tensor:
+    # A machine without the kernels' compiler still imports this module.
+    from .cuda import Weights, fused_moe
+
+    if x.ndim != 2 or x.shape[1] != problem.hidden:
+        raise PluginError("x", str(list(x.shape)), f"[M, {problem.hidden}]")
+    allowed = (x.shape[0], problem.top_k)
+    if topk_ids.shape != allowed or topk_weights.shape != allowed:
+        found = f"{list(topk_weights.shape)}, {list(topk_ids.shape)}"
+        raise PluginError("topk_weights, topk_ids", found, f"{list(allowed)}, both")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.shape[0]:
+        fused_moe(x, Weights(*weights), topk_weights, topk_ids, problem, out, expert_map)
+    return out
+
+
+_library.impl("nvfp4_moe_packed", _packed, "CUDA")
+torch.library.register_fake("moe_backend_plugin::nvfp4_moe_packed", _fake, lib=_library)
+
+_packed_op = torch.ops.moe_backend_plugin.nvfp4_moe_packed.default
+
+
+def nvfp4_moe_packed(
+    x: Tensor, weights: Weights, topk_weights: Tensor, topk_ids: Tensor, problem: MoEProblem, expert_map: Tensor | None = None
+) -> Tensor:
+    """One MoE layer on a Hopper GPU: a new tensor like ``x`` ``[M, H]``; arguments as :func:`.cuda.fused_moe`'s.
+
+    Nothing is allocated but the result. ``problem`` is one that :func:`.cuda.unsupported_reason` lets through and that
+    :func:`.cuda.prepare` has seen. Raises PluginError (a ValueError) on shapes that disagree.
+    """
+    if is_eager(x):
+        return _launch(x, weights, topk_weights, topk_ids, problem, expert_map)
+    a = problem.activation
+    return _packed_op(
+        *(x, *weights, topk_weights, topk_ids, problem.num_experts, problem.intermediate, a.kind, a.alpha, a.beta, a.limit),
+        *(problem.apply_router_weight_on_input, expert_map),
     )

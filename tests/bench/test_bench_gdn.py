@@ -346,7 +346,7 @@ def measured(monkeypatch):
     from moe_backend_plugin.cli import bench
 
     result = a_result()
-    monkeypatch.setattr(bench, "_device", lambda: (torch.device("cpu"), result.pop("stamp")))
+    monkeypatch.setattr(bench, "_device", lambda name: (torch.device("cpu"), result.pop("stamp")))
     monkeypatch.setattr(gdn, "run", lambda options, device, say: iter([{**result, "rows": result["rows"][:2]}, result]))
     return bench
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from typer.testing import CliRunner
@@ -125,8 +126,8 @@ def test_doctor_says_what_strict_refuses(packages, monkeypatch):
     monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_STRICT", "1")
     report = json.loads(run("doctor", "--json").stdout)
-    assert len(report["problems"]) == 2 and not report["ok"]  # moe and linear; gdn has a kernel there
-    assert report["providers"]["moe"]["reason"].startswith("refused:")
+    assert len(report["problems"]) == 1 and not report["ok"]  # moe and gdn have kernels there
+    assert report["providers"]["linear"]["reason"].startswith("refused:")
 
 
 def test_doctor_model(packages):
@@ -167,6 +168,30 @@ def test_doctor_says_which_gdn_layers_the_kernels_serve(packages, monkeypatch, t
     (model / "config.json").write_text(json.dumps({**config, "linear_key_head_dim": head}))
     layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
     row = next(row for row in layers if row["kind"] == "gdn state update")
+    assert row["provider"] == provider and words in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "activations", "provider", "words"),
+    [
+        ({}, "auto", "cutedsl", "CuTe DSL"),
+        ({"hidden_act": "gelu"}, "auto", "engine", "'gelu'"),
+        ({"moe_intermediate_size": 40}, "auto", "engine", "intermediate: found 40"),
+        ({}, "nvfp4", "engine", "nvfp4"),
+    ],
+)
+def test_doctor_says_which_experts_the_kernels_serve(packages, monkeypatch, tmp_path, change, activations, provider, words):
+    cuda = ModuleType("moe_backend_plugin.moe.cuda")
+    cuda.unsupported_reason = lambda problem, tokens: None if problem.activation_precision == "bf16" else "activations in nvfp4"
+    monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
+    monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__ACTIVATIONS", activations)
+    model = tmp_path / "model"
+    shutil.copytree(MOE, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
+    row = next(row for row in layers if row["kind"] == "experts")
     assert row["provider"] == provider and words in row["reason"]
 
 

@@ -93,7 +93,8 @@ def test_frozen_hashable_and_picklable():
 
 
 BAD_EXTRA = [
-    ({"moe": {"provider": "cuda"}}, ["moe.provider", "'cuda'", "auto, torch, engine"]),
+    ({"moe": {"provider": "cuda"}}, ["moe.provider", "'cuda'", "auto, cutedsl, torch, engine"]),
+    ({"linear": {"provider": "cutedsl"}}, ["linear.provider", "'cutedsl'", "auto, torch, engine"]),
     ({"moe": {"activations": "fp8"}}, ["moe.activations", "'fp8'", "auto, bf16, nvfp4"]),
     ({"strict": "maybe"}, ["strict", "'maybe'", "true, false"]),
     ({"strict": None}, ["strict", "None", "true, false"]),
@@ -134,7 +135,7 @@ BAD_FILES = [
     ("- strict", ["list", "a mapping of settings"]),
     ("torch", ["'torch'", "a mapping of settings"]),
     ("stric: true", ["stric", "did you mean strict?"]),
-    ("moe: {provider: 3}", ["moe.provider", "3", "auto, torch, engine"]),
+    ("moe: {provider: 3}", ["moe.provider", "3", "auto, cutedsl, torch, engine"]),
     (b"\xff\xfe\x00", ["not UTF-8 text"]),
 ]
 

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from moe_backend_plugin.config import PluginConfig
-from moe_backend_plugin.device import LAYER_KINDS, Choice, Device, choose_provider, find_device
+from moe_backend_plugin.device import LAYER_KINDS, LAYER_NAMES, Choice, Device, choose_provider, find_device
 from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
 
 CPU = Device("cpu", "some processor", 1 << 34)
 H100 = Device("cuda", "NVIDIA H100", 80 << 30, (9, 0))
+A100 = Device("cuda", "NVIDIA A100", 80 << 30, (8, 0))
 B200 = Device("cuda", "NVIDIA B200", 180 << 30, (10, 0))
 GPUS = [("GPU-aaaa-1", "NVIDIA H100", (9, 0)), ("GPU-bbbb-2", "NVIDIA B200", (10, 0)), ("GPU-cccc-3", "NVIDIA B300", (10, 3))]
 
@@ -109,25 +110,40 @@ def test_cpu_uses_torch_ops(kind):
     assert choice.provider == "torch" and choice.missing == () and "cpu" in choice.reason
 
 
-@pytest.mark.parametrize("kind", ["moe", "linear"])
-def test_cuda_uses_the_engine_and_says_why(kind):
-    choice = choose_provider(kind, H100, PluginConfig())
-    assert choice.provider == "engine" and "sm90" in choice.reason and len(choice.missing) == 1
+@pytest.mark.parametrize(("kind", "device"), [("linear", H100), ("linear", B200), ("moe", B200), ("moe", A100)])
+def test_cuda_uses_the_engine_and_says_why(kind, device):
+    choice = choose_provider(kind, device, PluginConfig())
+    assert choice.provider == "engine" and device.arch in choice.reason
+    assert choice.missing == (f"{LAYER_NAMES[kind]} kernel for {device.arch}",)
 
 
-def test_gdn_kernels_serve_the_devices_they_have_run_on():
-    choice = choose_provider("gdn", H100, PluginConfig(strict=True))
-    assert choice.provider == "cutedsl" and "sm90" in choice.reason and choice.missing == ()
+@pytest.mark.parametrize(("kind", "words"), [("moe", "serve NVFP4 MoE layers"), ("gdn", "serve gated-delta-net decode")])
+@pytest.mark.parametrize("asked", ["auto", "cutedsl"])
+def test_kernels_serve_hopper(kind, words, asked):
+    choice = choose_provider(kind, H100, PluginConfig(**{kind: {"provider": asked}}, strict=True))
+    assert choice.provider == "cutedsl" and choice.missing == ()
+    assert ("sm90" in choice.reason and words in choice.reason) or asked == "cutedsl"
+
+
+def test_gdn_kernels_serve_blackwell_only_when_asked():
     assert choose_provider("gdn", B200, PluginConfig()).provider == "engine"
     asked = choose_provider("gdn", B200, PluginConfig(gdn={"provider": "cutedsl"}))
     assert asked.provider == "cutedsl" and "have not been run" in asked.reason
 
 
-@pytest.mark.parametrize("device", ["cpu", "a100"])
-def test_gdn_kernels_are_refused_where_they_do_not_run(device):
-    found = CPU if device == "cpu" else Device("cuda", "NVIDIA A100", 1, (8, 0))
-    with pytest.raises(UnsupportedLayerError, match="model.layers.0: .*gdn.provider: cutedsl on .*9.0 or 10.x"):
-        choose_provider("gdn", found, PluginConfig(gdn={"provider": "cutedsl"}), where="model.layers.0")
+@pytest.mark.parametrize(
+    ("kind", "device", "words"),
+    [
+        ("gdn", CPU, "9.0 or 10.x"),
+        ("gdn", A100, "9.0 or 10.x"),
+        ("moe", CPU, "compute capability 9.0 "),
+        ("moe", A100, "compute capability 9.0 "),
+        ("moe", B200, "wgmma, which only Hopper has"),
+    ],
+)
+def test_kernels_are_refused_where_they_do_not_run(kind, device, words):
+    with pytest.raises(UnsupportedLayerError, match=f"model.layers.0: .*{kind}.provider: cutedsl on .*{words}.*, or auto"):
+        choose_provider(kind, device, PluginConfig(**{kind: {"provider": "cutedsl"}}), where="model.layers.0")
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
@@ -145,8 +161,8 @@ def test_engine_on_cpu_warns():
 
 
 def test_strict_refuses_the_engine():
-    with pytest.raises(UnsupportedLayerError, match=r"model.layers.0.mlp.experts: .*sm90.*strict: false"):
-        choose_provider("moe", H100, PluginConfig(strict=True), where="model.layers.0.mlp.experts")
+    with pytest.raises(UnsupportedLayerError, match=r"model.layers.0.mlp.experts: .*sm100.*strict: false"):
+        choose_provider("moe", B200, PluginConfig(strict=True), where="model.layers.0.mlp.experts")
 
 
 def test_unknown_layer_kind():

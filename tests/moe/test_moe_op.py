@@ -1,14 +1,23 @@
 """The operator as torch sees it: its schema, its place in torch.compile, and the memory it keeps."""
 
 import gc
+import sys
 import threading
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 from moe_cases import make_layer, make_tokens
 
+from moe_backend_plugin import moe
+from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.linear.scratch import SCRATCH_VALUES, scratch
+from moe_backend_plugin.moe import op as op_module
+from moe_backend_plugin.moe import reference
+from moe_backend_plugin.moe.op import nvfp4_moe_packed
 from moe_backend_plugin.moe.problem import Activation
+from moe_backend_plugin.nvfp4 import hopper
 
 OP = torch.ops.moe_backend_plugin.nvfp4_moe.default
 
@@ -141,3 +150,82 @@ def test_inference_mode_before_and_after():
     thread.start()
     thread.join()
     assert len(results) == 2 and all(torch.equal(r, want) for r in results)
+
+
+# --- the operator of the Hopper kernels, over a stand-in for them ----------------------------------------------------------------------
+
+PACKED = torch.ops.moe_backend_plugin.nvfp4_moe_packed.default
+
+
+@pytest.fixture
+def packed_layer(monkeypatch):
+    """A layer in the kernels' order of weights, and the problems that the kernels were called for."""
+    module, problems = ModuleType("moe_backend_plugin.moe.cuda"), []
+
+    class Weights(NamedTuple):
+        w13: torch.Tensor
+        w13_scale_2: torch.Tensor
+        w2: torch.Tensor
+        w2_scale_2: torch.Tensor
+
+    def fused_moe(x, weights, topk_weights, topk_ids, problem, out, expert_map=None):
+        problems.append(problem)
+        w13 = hopper.unpack(weights.w13, problem.w13_rows, problem.hidden, problem.activation.gated)
+        w2 = hopper.unpack(weights.w2, problem.hidden, problem.intermediate, False)
+        tensors = (*w13, weights.w13_scale_2, *w2, weights.w2_scale_2)
+        out.copy_(reference.fused_moe(x, *tensors, topk_weights, topk_ids, problem, expert_map))
+
+    module.Weights, module.fused_moe = Weights, fused_moe
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(moe, "cuda", module, raising=False)
+
+    def make(**options):
+        layer = make_layer(**options)
+        w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = layer.weights
+        w13 = hopper.pack(w13, w13_scale, gated=layer.problem.activation.gated)
+        return layer, Weights(w13, w13_scale_2, hopper.pack(w2, w2_scale, gated=False), w2_scale_2)
+
+    return make, problems
+
+
+@pytest.mark.parametrize("expert_range", [None, (1, 4)])
+@pytest.mark.parametrize("activation", [Activation("silu", limit=2.0), Activation("relu2"), Activation("swigluoai", 1.702, 1.0, 7.0)])
+def test_the_packed_call_is_the_layer(packed_layer, activation, expert_range):
+    make, problems = packed_layer
+    layer, weights = make(activation=activation, expert_range=expert_range)
+    x, topk_weights, ids = make_tokens(layer, 9)
+    out = nvfp4_moe_packed(x, weights, topk_weights, ids, layer.problem, layer.expert_map)
+    # Blocks whose scale was zero come back with another one, over codes that are zero.
+    assert torch.equal(out, layer.reference(x, topk_weights, ids))
+    assert problems == [layer.problem]
+    # The dispatcher's path rebuilds the problem from the schema's numbers.
+    p, a = layer.problem, layer.problem.activation
+    numbers = (p.num_experts, p.intermediate, a.kind, a.alpha, a.beta, a.limit)
+    assert torch.equal(op_module._packed(x, *weights, topk_weights, ids, *numbers, expert_map=layer.expert_map), out)
+    assert problems == [layer.problem] * 2
+
+
+def test_the_packed_call_checks_what_differs_from_call_to_call(packed_layer):
+    make, problems = packed_layer
+    layer, weights = make()
+    x, topk_weights, ids = make_tokens(layer, 5)
+    for bad in ((x[:, :-16], topk_weights, ids), (x[:4], topk_weights, ids), (x, topk_weights[:, :1], ids), (x[0], topk_weights, ids)):
+        with pytest.raises(PluginError):
+            nvfp4_moe_packed(bad[0], weights, *bad[1:], layer.problem)
+    empty = nvfp4_moe_packed(x[:0], weights, topk_weights[:0], ids[:0], layer.problem)
+    assert empty.shape == (0, layer.problem.hidden) and not problems
+
+
+def test_the_packed_call_is_opaque_to_torch_compile(packed_layer):
+    make, problems = packed_layer
+    layer, weights = make()
+
+    def step(x, topk_weights, ids):
+        return nvfp4_moe_packed(x + 1, weights, topk_weights, ids, layer.problem) * 2
+
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in make_tokens(layer, 7)]
+        graph = torch.fx.experimental.proxy_tensor.make_fx(step)(*fake).graph
+    nodes = [node for node in graph.nodes if node.target is PACKED]
+    assert len(nodes) == 1 and nodes[0].meta["val"].shape == (7, layer.problem.hidden) and not problems
+    assert not any(a.alias_info for a in PACKED._schema.arguments), "the op changes none of its inputs"

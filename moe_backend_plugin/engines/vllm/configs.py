@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from ...errors import UnsupportedLayerError
 from ...nvfp4.checkpoint import check_checkpoint
 from ...nvfp4.scheme import QuantScheme, parse_scheme
 from .linear import Nvfp4LinearMethod
@@ -20,6 +21,8 @@ from .moe import Nvfp4MoEMethod
 from .settings import plugin_config, provider
 
 logger = init_logger("vllm.moe_backend_plugin")
+_handed_over: set[str] = set()
+"""Why layers were handed to vLLM, as far as the log has it."""
 
 
 class PluginLayers:
@@ -65,14 +68,20 @@ class PluginLayers:
             return super().get_quant_method(layer, prefix)
         kind = "moe" if moe else "linear"
         choice = provider(kind, where=prefix)
+        # "auto" is W4A16: without FP4 tensor cores, rounding the activations costs time and accuracy and gains nothing.
+        use_nvfp4 = getattr(plugin_config(), kind).activations == "nvfp4"
+        method = Nvfp4MoEMethod if moe else Nvfp4LinearMethod
+        if choice.provider == "cutedsl":
+            from . import moe_cuda
+
+            if (reason := moe_cuda.unsupported_reason(layer, use_nvfp4)) is not None:
+                hand_over(prefix, reason)
+                return super().get_quant_method(layer, prefix)
+            method = moe_cuda.HopperMoEMethod
         # The reason is the same for every layer of a kind: said once, without the layer's name.
         logger.info_once("NVFP4 %s layers are served by: %s (%s)", kind, choice.provider, choice.reason)
         if choice.provider == "engine":
             return super().get_quant_method(layer, prefix)
-        method = Nvfp4MoEMethod if moe else Nvfp4LinearMethod
-        wanted = getattr(plugin_config(), kind).activations
-        # "auto" is W4A16: without FP4 tensor cores, rounding the activations costs time and accuracy and gains nothing.
-        use_nvfp4 = wanted == "nvfp4"
         arguments = (self.scheme.names, activations, use_nvfp4)
         return method(*arguments, prefix, layer.moe_config) if moe else method(*arguments, prefix)
 
@@ -112,6 +121,19 @@ class Nvfp4CompressedTensorsConfig(PluginLayers, CompressedTensorsConfig):
         if not parts or not self._is_nvfp4_format(parts.get("weights")):
             return None
         return "nvfp4" if parts.get("input_activations") is not None else "bf16"
+
+
+def hand_over(prefix: str, reason: str) -> None:
+    """Say, once a reason, that vLLM's own kernel serves a layer which this package's kernels cannot.
+
+    Raises:
+        UnsupportedLayerError: ``strict`` forbids it.
+    """
+    if plugin_config().strict:
+        raise UnsupportedLayerError(prefix, reason, "strict: false (vLLM's own kernel serves the layer), or moe.provider: engine")
+    if reason not in _handed_over:
+        _handed_over.add(reason)
+        logger.warning_once("%s, and layers like it, are served by: engine, vLLM's own kernel (%s)", prefix, reason)
 
 
 def config_class(config: dict[str, Any]) -> type[PluginLayers]:

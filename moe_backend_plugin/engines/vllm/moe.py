@@ -1,4 +1,7 @@
-"""NVFP4 mixture-of-experts layers in vLLM, on this package's MoE op."""
+"""NVFP4 mixture-of-experts layers in vLLM on this package's MoE op: loading, checking, and the CPU's way to keep and apply weights.
+
+:mod:`.moe_cuda` has the GPU's.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,11 @@ from ...nvfp4.unscaled import to_planes
 from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
 
 
+def activation_of(moe: FusedMoEConfig) -> Activation:
+    """The function between a layer's projections. Raises PluginError (a ValueError) where this package has none of that name."""
+    return Activation.parse(moe.activation.value, alpha=moe.swiglu_alpha, beta=moe.swiglu_beta, limit=moe.swiglu_limit)
+
+
 class Nvfp4MoEMethod(FusedMoEMethodBase):
     """The routed experts of one layer.  Routing, shared experts and reductions stay vLLM's.
 
@@ -36,7 +44,11 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
         self.use_nvfp4 = use_nvfp4
         self.prefix = prefix
         self.loaded: dict[str, set[tuple[int, str]]] = {}
-        self.activation = self._activation(moe_config)
+        try:
+            self.activation = activation_of(moe_config)
+        except ValueError as error:
+            found = f"activation {moe_config.activation.value!r}"
+            raise UnsupportedLayerError(prefix, found, f"{error}; or moe.provider: engine") from None
         if moe_config.moe_parallel_config.enable_eplb:
             raise UnsupportedLayerError(
                 prefix,
@@ -45,12 +57,6 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
             )
         if moe_config.has_bias:
             raise UnsupportedLayerError(prefix, "experts with a bias", "experts without bias, or moe.provider: engine")
-
-    def _activation(self, moe: FusedMoEConfig) -> Activation:
-        try:
-            return Activation.parse(moe.activation.value, alpha=moe.swiglu_alpha, beta=moe.swiglu_beta, limit=moe.swiglu_limit)
-        except ValueError as error:
-            raise UnsupportedLayerError(self.prefix, f"activation {moe.activation.value!r}", f"{error}; or moe.provider: engine") from None
 
     def create_weights(
         self,
@@ -71,14 +77,17 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
         columns = {"w13": hidden_size, "w2": intermediate_size_per_partition}
         for gemm in ("w13", "w2"):
             parts = (num_experts, halves) if gemm == "w13" else (num_experts,)
-            shape = (num_experts, rows[gemm], columns[gemm])
-            weight = torch.empty(*shape[:2], shape[2] // 2, dtype=torch.uint8)
+            weight, scale = self._allocate(gemm, num_experts, rows[gemm], columns[gemm])
             self._register(layer, gemm, self.names.weight, weight, layer.weight_loader)
-            scale = nan_filled((*shape[:2], shape[2] // BLOCK), torch.float8_e4m3fn)
             # vLLM slices tensors marked "block" by rank exactly as it slices the weights.
             self._register(layer, gemm, self.names.scale, scale, layer.weight_loader, quant_method="block")
             for name in (self.names.global_scale, self.names.input_scale):
                 self._register(layer, gemm, name, nan_filled(parts, torch.float32), self._scalar_loader(layer))
+
+    def _allocate(self, gemm: str, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the checkpoint's tensors of one projection: codes uint8 [E, N, K/2], scales float8_e4m3fn [E, N, K/16], all NaN."""
+        weight = torch.empty(experts, rows, columns // 2, dtype=torch.uint8)
+        return weight, nan_filled((experts, rows, columns // BLOCK), torch.float8_e4m3fn)
 
     def _register(self, layer: RoutedExperts, gemm: str, suffix: str, data: torch.Tensor, loader: Any, **attributes: Any) -> None:
         name = f"{gemm}_{suffix}"
@@ -131,14 +140,21 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
             input_scale = self._take(layer, f"{gemm}_{names.input_scale}")
             if names.reciprocal:
                 scale_2, input_scale = scale_2.reciprocal(), input_scale.reciprocal()
-            if gemm == "w13" and self.moe.activation is MoEActivation.SWIGLUOAI:
-                # This activation's checkpoints interleave gate and up rows; the op wants all gates, then all ups.
-                weight, scale = (torch.cat((t[:, 0::2], t[:, 1::2]), dim=1) for t in (weight, scale))
-            weight, scale = to_planes(weight, scale)
-            setattr(layer, f"{gemm}_weight", Parameter(weight, requires_grad=False))
-            setattr(layer, f"{gemm}_weight_scale", Parameter(scale, requires_grad=False))
-            setattr(layer, f"{gemm}_scale_2", Parameter(scale_2, requires_grad=False))
+            # This activation's checkpoints interleave gate and up rows; the ops want all gates, then all ups.
+            interleaved = gemm == "w13" and self.moe.activation is MoEActivation.SWIGLUOAI
+            self._keep(layer, gemm, weight, scale, scale_2, interleaved)
             setattr(layer, f"{gemm}_activation_scale", input_scale if self.use_nvfp4 else None)
+
+    def _keep(
+        self, layer: RoutedExperts, gemm: str, weight: torch.Tensor, scale: torch.Tensor, scale_2: torch.Tensor, interleaved: bool
+    ) -> None:
+        """Give the layer one projection's tensors, which it no longer has, in the form that ``apply`` wants."""
+        if interleaved:
+            weight, scale = (torch.cat((t[:, 0::2], t[:, 1::2]), dim=1) for t in (weight, scale))
+        weight, scale = to_planes(weight, scale)
+        setattr(layer, f"{gemm}_weight", Parameter(weight, requires_grad=False))
+        setattr(layer, f"{gemm}_weight_scale", Parameter(scale, requires_grad=False))
+        setattr(layer, f"{gemm}_scale_2", Parameter(scale_2, requires_grad=False))
 
     @staticmethod
     def _take(layer: RoutedExperts, name: str) -> torch.Tensor:

@@ -1,0 +1,194 @@
+"""Times single variants of the expert kernels, to choose between them: what the heuristic in moe/tiles.py rests on.
+
+    python integration/bench/moe_kernels.py --model qwen3-30b-a3b --tokens 1,8,64 --variants "tile_tokens=8,k_groups=4,stages=10;..."
+
+Prints, for each, microseconds, TB/s of packed weights (active experts once), TFLOP/s, and the relative error against float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Uint32
+
+from moe_backend_plugin.bench.timing import LAUNCHES, Clock
+from moe_backend_plugin.kernels import compile as kernels
+from moe_backend_plugin.kernels.moe_gemm import MoeGemm, Variant
+from moe_backend_plugin.nvfp4 import hopper
+
+SHAPES = {  # experts here, hidden, width, top_k, experts of the model
+    "qwen3-30b-a3b": (128, 2048, 768, 8, 128),
+    "qwen3-next-80b": (512, 2048, 512, 10, 512),
+    "deepseek-v3-ep8": (32, 7168, 2048, 8, 256),
+    "tiny": (6, 272, 144, 3, 6),
+}
+
+
+def random_weights(experts: int, rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device)
+    scales = (torch.rand(experts, rows, columns // 16, device=device) * 3 + 0.05).to(torch.float8_e4m3fn)
+    return codes, scales
+
+
+def routing(tokens: int, top_k: int, experts: int, local: int, tile: int, device: str) -> dict[str, torch.Tensor]:
+    """What the routing kernel lists, made with torch."""
+    ids = torch.rand(tokens, experts, device=device).topk(top_k, dim=1).indices.flatten()
+    valid = ids < local
+    order = torch.argsort(torch.where(valid, ids, local), stable=True).int()
+    counts = torch.bincount(ids[valid], minlength=local).tolist()
+    rows, first = [], 0
+    for expert, count in enumerate(counts):
+        rows += [[expert, first + at, min(tile, count - at), 0] for at in range(0, count, tile)]
+        first += count
+    tiles = torch.tensor(rows or [[0, 0, 0, 0]], dtype=torch.int32, device=device)
+    return {
+        "ids": ids.view(tokens, top_k),
+        "order": order,
+        "tiles": tiles,
+        "counts": torch.tensor([len(rows), first, sum(c > 0 for c in counts), 0], dtype=torch.int32, device=device),
+        "pairs": first,
+        "active": sum(c > 0 for c in counts),
+    }
+
+
+@cute.jit
+def raw_codes(self, codes, scales, bits, start: cutlass.Constexpr[int], live):
+    """Instead of MoeGemm.dequantise: the same loads, and no arithmetic worth the name."""
+    word = cute.arch.inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Uint32] * 4, read_only_args=[codes]
+    )
+    scale = cute.arch.inline_ptx("ld.shared.v2.b32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Uint32] * 2, read_only_args=[scales])
+    for k in cutlass.range_constexpr(4):
+        for n in cutlass.range_constexpr(4):
+            bits[start + 4 * k + n] = word[k] ^ scale[n % 2]
+
+
+@cute.jit
+def no_product(self, acc, bits, start: cutlass.Constexpr[int], tokens):
+    """Instead of MoeGemm.multiply: something that needs all the fragments."""
+    found = bits[start]
+    for n in cutlass.range_constexpr(15):
+        found = found ^ bits[start + 1 + n]
+    acc[0] = acc[0] + found.to(cutlass.Float32)
+
+
+def ablate(what: str) -> None:
+    """Take a part out of the kernels that this process compiles from here on; results are wrong, times say what the part costs."""
+    if "dequantise" in what:
+        MoeGemm.dequantise = raw_codes
+    if "product" in what:
+        MoeGemm.multiply = no_product
+    if "fence" in what:
+        cute.arch.fence_proxy = lambda *_, **__: None
+    kernels.FORMAT = f"ablated-{what}"
+
+
+class Case:
+    def __init__(self, model: str, device: str = "cuda") -> None:
+        self.local, self.hidden, self.width, self.top_k, self.experts = SHAPES[model]
+        self.device = device
+        self.padded = -(-self.width // 64) * 64
+        self.raw = {
+            "gate_up": random_weights(self.local, 2 * self.width, self.hidden, device),
+            "down": random_weights(self.local, self.hidden, self.width, device),
+        }
+        self.packed = {use: hopper.pack(*raw, gated=use == "gate_up") for use, raw in self.raw.items()}
+        self.scale_2 = {
+            "gate_up": torch.rand(self.local, 2, device=device) * 0.01 + 0.001,
+            "down": torch.rand(self.local, 1, device=device) * 0.01 + 0.001,
+        }
+        self.clock = Clock(torch.device(device))
+
+    def dense(self, use: str, expert: int) -> torch.Tensor:
+        packed = self.packed[use][expert : expert + 1]
+        rows, columns = (2 * self.width, self.hidden) if use == "gate_up" else (self.hidden, self.width)
+        return hopper.dequantise(packed, rows, columns, use == "gate_up")[0]
+
+    def run(self, variant: Variant, tokens: int, check: bool, sms: int) -> str:
+        use = variant.use
+        lists = [routing(tokens, self.top_k, self.experts, self.local, variant.tile_tokens, self.device) for _ in range(LAUNCHES + 1)]
+        pairs = tokens * self.top_k
+        rows, columns = (tokens, self.hidden) if use == "gate_up" else (pairs, self.padded)
+        inputs = [torch.randn(rows, columns, device=self.device).bfloat16() for _ in range(min(LAUNCHES + 1, 3))]
+        if use == "down":
+            for x in inputs:
+                x[:, self.width :] = 0
+        out = torch.full((pairs, self.padded if use == "gate_up" else self.hidden), float("nan"), device=self.device).bfloat16()
+        router = torch.rand(pairs, device=self.device)
+        kernel = kernels.load("moe_gemm", variant, "sm_90a")
+
+        def launch(i: int) -> None:
+            r = lists[i]
+            kernel(
+                *(inputs[i % len(inputs)], self.packed[use], self.scale_2[use], router if variant.weighted else None),
+                *(r["order"], r["tiles"], r["counts"], out, self.top_k, 1.0, 0.0, float("inf"), sms),
+            )
+
+        error = ""
+        if check:
+            launch(0)
+            torch.cuda.synchronize()
+            error = f"{self.error(variant, lists[0], inputs[0], router, out):.2e}"
+        us = self.clock.time(launch)
+        weights = sum(r["active"] for r in lists[:LAUNCHES]) / LAUNCHES * self.packed[use][0].numel()
+        flops = sum(r["pairs"] for r in lists[:LAUNCHES]) / LAUNCHES * 2 * self.hidden * self.width * (2 if use == "gate_up" else 1)
+        return f"{us:8.1f} us {weights / us / 1e6:6.2f} TB/s {flops / us / 1e6:7.1f} TFLOP/s  {error}"
+
+    def error(self, variant: Variant, r: dict, x: torch.Tensor, router: torch.Tensor, out: torch.Tensor) -> float:
+        """Relative error (norm) of all rows against float32."""
+        wanted = torch.zeros(r["pairs"], out.shape[1], device=self.device)
+        for expert, first, count, _ in r["tiles"].tolist():
+            weight = self.dense(variant.use, expert)
+            pair = r["order"][first : first + count].long()
+            if variant.use == "gate_up":
+                both = x[pair // self.top_k].float() @ weight.T
+                gate, up = both[:, : self.width], both[:, self.width :]
+                gate, up = gate * self.scale_2["gate_up"][expert, 0], up * self.scale_2["gate_up"][expert, 1]
+                wanted[first : first + count, : self.width] = torch.nn.functional.silu(gate) * up
+            else:
+                y = x[first : first + count, : self.width].float() @ weight.T * self.scale_2["down"][expert]
+                wanted[first : first + count] = y * router[pair][:, None]
+        found = out[: r["pairs"]].float()
+        return float((found - wanted).norm() / wanted.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="qwen3-30b-a3b", choices=SHAPES)
+    parser.add_argument("--tokens", default="1,8,64,256")
+    parser.add_argument("--variants", required=True, help="keyword arguments of Variant, variants apart by ';'")
+    parser.add_argument("--uses", default="gate_up,down")
+    parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--ablate", default="", help="dequantise, product, fence: leave these out")
+    parser.add_argument("--compile-only", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.ablate:
+        ablate(arguments.ablate)
+    # "blocks" beside the variant's own fields: thread blocks a multiprocessor.
+    chosen = [eval(f"dict({text})") for text in arguments.variants.split(";")]  # noqa: S307  a developer's own command line
+    runs = []
+    for use in arguments.uses.split(","):
+        columns = -(-SHAPES[arguments.model][1 if use == "gate_up" else 2] // 64)
+        for fields in chosen:
+            own = {name: value for name, value in fields.items() if name != "blocks"}
+            variant = Variant(use=use, weighted=use == "down", **own)
+            variant = dataclasses.replace(variant, ragged=columns % variant.stage_blocks != 0)
+            kernels.store("moe_gemm", variant, "sm_90a")
+            runs.append((fields, variant))
+    if arguments.compile_only:
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    case = Case(arguments.model)
+    for tokens in map(int, arguments.tokens.split(",")):
+        for fields, variant in runs:
+            said = case.run(variant, tokens, not arguments.no_check, sms * fields.get("blocks", 1))
+            print(f"{variant.use:8s} M {tokens:5d} {said}  {fields} {arguments.ablate}".replace("'", ""), flush=True)
+
+
+if __name__ == "__main__":
+    main()

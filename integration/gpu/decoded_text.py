@@ -1,0 +1,130 @@
+"""What an engine says while it decodes, beside what transformers says of the same tokens: shared by gdn_text.py and moe_text.py.
+
+Prompt log-probabilities say nothing of decode kernels, since prefills compute them.  So prompts are continued by greedy tokens, and the
+log-probabilities that vLLM gave its own tokens are compared with those of transformers (float32, dequantised weights) for the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "integration/bench"))
+from child import hand_back as hand_back  # noqa: E402
+from child import run_child  # noqa: E402
+from stamp import gpu_stamp  # noqa: E402
+
+MODELS = ROOT / "integration/models"
+RESULTS = ROOT / "integration/bench/results"
+PROMPTS, NEW_TOKENS = 64, 256
+BOUND = 0.005
+
+
+def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: bool, **engine: Any) -> dict:
+    """In a child: prompts from the standard library, their continuations, and the log-probabilities of these, or of both.
+
+    ``settings``: this package's; ``engine``: further arguments of vLLM's LLM class.
+    """
+    from vllm import LLM, SamplingParams
+
+    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
+
+    prompts = windows(load_tokenizer(model), standard_library("verification"), prompt_tokens, PROMPTS, per_file=2)
+    llm = LLM(
+        str(model),
+        quantization="nvfp4_cutedsl",
+        dtype="bfloat16",
+        max_model_len=1024,
+        gpu_memory_utilization=0.5,
+        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        additional_config={"moe_backend_plugin": settings},
+        **engine,
+    )
+    sampling = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0 if score_prompts else None
+    )
+    done = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+
+    def chosen(tokens: Sequence[int], steps: Sequence) -> list[float]:
+        return [step[token].logprob for token, step in zip(tokens, steps, strict=True)]
+
+    found = {
+        "prompts": prompts,
+        "texts": [list(request.outputs[0].token_ids) for request in done],
+        "logprobs": [chosen(request.outputs[0].token_ids, request.outputs[0].logprobs) for request in done],
+    }
+    if score_prompts:
+        scored = [chosen(prompt[1:], request.prompt_logprobs[1:]) for prompt, request in zip(prompts, done, strict=True)]
+        found["prompt_logprobs"] = scored
+    return found
+
+
+def compare(found: dict, reference: Path, device: str = "cuda") -> dict[str, Any]:
+    """The figures of the decoded tokens and, where they were scored, of the prompts' (named "prompt_...")."""
+    from moe_backend_plugin.verify import score_transformers
+
+    whole = [prompt + text for prompt, text in zip(found["prompts"], found["texts"], strict=True)]
+    scores = score_transformers(reference, whole, device=device, batch_size=16).logprobs
+    width, given = len(whole[0]) - 1, len(found["prompts"][0]) - 1
+    theirs = [scores[i * width : (i + 1) * width] for i in range(len(whole))]
+    figures = _figures(found["logprobs"], [row[given:] for row in theirs])
+    if "prompt_logprobs" in found:
+        prompt = _figures(found["prompt_logprobs"], [row[:given] for row in theirs])
+        figures |= {f"prompt_{name}": value for name, value in prompt.items()}
+    return figures
+
+
+def _figures(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    ours_mean, theirs_mean = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))
+    return {
+        "tokens": len(pairs),
+        "perplexity": math.exp(-ours_mean),
+        "transformers_perplexity": math.exp(-theirs_mean),
+        "relative_perplexity": math.exp(theirs_mean - ours_mean) - 1,
+        "mean_logprob_difference": sum(abs(a - b) for a, b in pairs) / len(pairs),
+    }
+
+
+def measure(script: str, model: Path, runs: Sequence[dict[str, Any]], said: str) -> Iterator[dict[str, Any]]:
+    """A row for each of ``runs``, whose values are the arguments of ``script --child`` for it, after the model's name.
+
+    ``said``: the line of the engine's log that says who serves the layers.
+    """
+    from moe_backend_plugin.verify import dequantize_checkpoint
+
+    first = None
+    with tempfile.TemporaryDirectory() as scratch:
+        reference = dequantize_checkpoint(model, Path(scratch) / "reference")
+        for run in runs:
+            found, log = run_child(script, "--child", model.name, *map(str, run.values()))
+            first = first or found["texts"]
+            served = [line for line in log.splitlines() if said in line]
+            yield {
+                "model": model.name,
+                **run,
+                **compare(found, reference),
+                "texts_as_first_run": sum(a == b for a, b in zip(found["texts"], first, strict=True)),
+                "served_by": served[0].split("served by: ")[-1] if served else None,
+            }
+
+
+def record(rows: Iterator[dict[str, Any]], out: Path, command: str, kernel: str | Sequence[str], within: Callable[[dict], bool]) -> None:
+    """Print and store each row as it comes; ends the program with 1 if one is not ``within`` bounds."""
+    done: list[dict[str, Any]] = []
+    for row in rows:
+        done.append(row)
+        print(json.dumps(row), flush=True)
+        out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": done}, indent=1) + "\n")
+    raise SystemExit(not all(map(within, done)))
+
+
+def same_perplexity(row: dict[str, Any]) -> bool:
+    """Whether every perplexity of the row is transformers' but for 0.5 %."""
+    return all(abs(value) <= BOUND for name, value in row.items() if name.endswith("relative_perplexity"))

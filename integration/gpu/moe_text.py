@@ -1,0 +1,48 @@
+"""On a GPU: what pycoder-moe and pycoder-next say is what transformers says of the same tokens.
+
+    python integration/gpu/moe_text.py [--models pycoder-moe-nvfp4 ...] [--providers plugin vllm] [--out FILE]
+
+64 prompts of 256 tokens are continued by 256 greedy tokens (decoded_text.py says how they are compared), so that prefills (16,384 tokens
+in a call) and decodes (64 tokens in a call, through CUDA graphs) are both looked at, with this package's expert kernels and with vLLM's
+Marlin.  Stores one row a run; exits 1 where the perplexity of prompts or of decoded tokens differs by more than 0.5 % from
+transformers' on the dequantised weights, or a layer was served by another provider than the one asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import chain
+from pathlib import Path
+
+from decoded_text import MODELS, RESULTS, generate, hand_back, measure, record, same_perplexity
+
+from moe_backend_plugin.bench.moe import KERNELS
+
+NAMES = ("pycoder-moe-nvfp4", "pycoder-next-nvfp4")
+SETTINGS = {"plugin": {"moe": {"provider": "cutedsl"}}, "vllm": {"moe": {"provider": "engine"}}}
+ENGINE = {"plugin": {}, "vllm": {"moe_backend": "marlin"}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--providers", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, default=RESULTS / "moe_text_h200.json")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        model, provider = arguments.child
+        hand_back(generate(MODELS / model, 256, SETTINGS[provider], True, max_num_batched_tokens=16384, **ENGINE[provider]))
+        return
+    runs = [{"provider": provider} for provider in arguments.providers]
+    rows = chain.from_iterable(measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by") for name in arguments.models)
+
+    def within(row: dict) -> bool:
+        wanted = SETTINGS[row["provider"]]["moe"]["provider"]
+        return same_perplexity(row) and (row["served_by"] or "").startswith(wanted)
+
+    record(rows, arguments.out, "python integration/gpu/moe_text.py", KERNELS, within)
+
+
+if __name__ == "__main__":
+    main()
