@@ -88,7 +88,6 @@ def _fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dty
         "ragged": columns % shape.stage_blocks != 0,
         "weighted": gate_up == problem.apply_router_weight_on_input,
         "tokens": name,
-        "out": name,
         "warp_mma": shape.warp_mma,
     }
 
