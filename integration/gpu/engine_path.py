@@ -1,9 +1,9 @@
-"""On a GPU: the shipped checkpoints through `--quantization nvfp4_cutedsl` and through vLLM's own method give the same tokens.
+"""On a GPU: layers that `--quantization nvfp4_cutedsl` hands to vLLM give the same tokens as vLLM's own method.
 
     python integration/gpu/engine_path.py
 
-This release hands every NVFP4 layer to vLLM on a GPU, and gated-delta-net layers are this package's in both runs, so the two must agree
-to the token.  Prints one JSON object; exits 1 on a difference.
+With `moe.provider: engine` every NVFP4 layer is vLLM's on a GPU, and gated-delta-net layers are this package's in both runs, so the two
+must agree to the token.  Prints one JSON object; exits 1 on a difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ PROMPTS = ["class Stack:\n    def __init__(self):", "import os\nimport sys\n\nde
 def generate(model: str, quantization: str) -> list[list[int]]:
     from vllm import LLM, SamplingParams
 
-    llm = LLM(model, quantization=quantization, dtype="bfloat16", max_model_len=1024, enforce_eager=True, gpu_memory_utilization=0.3)
+    llm = LLM(
+        model,
+        quantization=quantization,
+        dtype="bfloat16",
+        max_model_len=1024,
+        enforce_eager=True,
+        gpu_memory_utilization=0.3,
+        additional_config={"moe_backend_plugin": {"moe": {"provider": "engine"}}},
+    )
     done = llm.generate(PROMPTS, SamplingParams(max_tokens=64, temperature=0, ignore_eos=True), use_tqdm=False)
     return [list(request.outputs[0].token_ids) for request in done]
 

@@ -104,7 +104,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize="small")
     stamp = result["stamp"]
-    figure.suptitle(f"NVFP4 MoE layer on {stamp['device']}, {stamp['date'][:10]}, kernels {stamp['kernel_hash']}")
+    figure.suptitle(f"NVFP4 MoE layer on {stamp['device']}\n{stamp['date'][:10]}, kernels {stamp['kernel_hash']}", fontsize="medium")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..device import driver_version
 from ..kernels.compile import source_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def gpu_stamp(device: str, command: str, kernel: str | Sequence[str] = "gdn_deco
     """The stamp of a figure that ``kernel`` (a kernel family, or several) decides: the hash of its sources, and the command that renews
     the figure."""
     named = kernel if isinstance(kernel, str) else list(kernel)
-    return {**stamp(device, _driver()), "kernel": named, "kernel_hash": kernel_hash(named), "command": command}
+    return {**stamp(device, driver_version()), "kernel": named, "kernel_hash": kernel_hash(named), "command": command}
 
 
 def kernel_hash(kernel: str | Sequence[str]) -> str:
@@ -66,19 +67,6 @@ def kernel_hash(kernel: str | Sequence[str]) -> str:
         return source_hash(kernel)
     text = "\n".join(f"{family} {source_hash(family)}" for family in kernel)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _driver() -> str | None:
-    """Of NVML, so that CUDA stays untouched in this process."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except Exception:  # noqa: BLE001  a figure without the driver's version is better than none
-        return None
-    return version if isinstance(version, str) else version.decode()
 
 
 def _git(*arguments: str) -> str | None:

@@ -47,17 +47,29 @@ class Clock:
         self._flush = torch.ones(4 * self.l2_bytes // 8, dtype=torch.int64, device=device)
         self._copies: dict[int, float] = {}
 
-    def time(self, launch: Callable[[int], object], warm: Iterable[torch.Tensor] = (), launches: int = LAUNCHES) -> float:
-        """Microseconds a call of ``launch(i)``, i in 0 .. launches; ``warm`` are int64 tensors to be in the cache."""
+    def time(
+        self,
+        launch: Callable[[int], object],
+        warm: Iterable[torch.Tensor] = (),
+        launches: int = LAUNCHES,
+        *,
+        replays: int = REPLAYS,
+        cold: bool = True,
+    ) -> float:
+        """Microseconds a call of ``launch(i)``, i in 0 .. launches; ``warm`` are int64 tensors to be in the cache.
+
+        ``cold`` False leaves step 2 out: what the launches before left stays in the cache, which is what a tuner must not do.
+        """
         warm = list(warm)
         for i in range(launches + 1):  # whatever compiles or loads at a first call stays out of the capture
             launch(i)
         run_in, graph = _capture(launch, [launches]), _capture(launch, range(launches))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
-        for _ in range(WARM_UPS + REPLAYS):
+        for _ in range(WARM_UPS + replays):
             torch.cuda._sleep(SLEEP_CYCLES)
-            self._flush.sum()
+            if cold:
+                self._flush.sum()
             for tensor in warm:
                 tensor.sum()
             run_in.replay()
