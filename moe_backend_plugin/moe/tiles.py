@@ -7,6 +7,7 @@ measurements in integration/bench/NOTES.md.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -61,8 +62,12 @@ TILES = {
     96: Shape(96, row_groups=2, row_blocks=2),
     128: Shape(128, row_groups=2, row_blocks=2),
 }
-SPREAD = 2.0
-"""Even routing gives an expert its mean number of tokens, give or take its square root: a tile should hold all but the fullest experts'."""
+COSTS = {8: 91, 16: 102, 32: 122, 48: 152, 64: 170, 80: 204, 96: 214, 128: 245}
+"""Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200)."""
+HALVES, HALF_COST = (80, 96, 128), 0.55
+"""Tiles that have a path of half as many tokens, and what a tile that takes it costs."""
+LARGE = 256
+"""Mean tokens of an expert from which the largest tile is taken without counting."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +87,27 @@ def active_experts(problem: MoEProblem, tokens: int) -> float:
     return problem.num_local_experts * (1 - (1 - problem.top_k / problem.num_experts) ** tokens)
 
 
+def expected_tiles(mean: float, tile: int) -> float:
+    """Tiles of an active expert, on average, if even routing gives it ``mean`` tokens: give or take their square root. After the first,
+    a tile that is at most half full counts less where there is a path for it."""
+
+    def more_than(tokens: float) -> float:
+        return 0.5 * math.erfc((tokens + 0.5 - mean) / (2 * mean) ** 0.5)
+
+    found, before, half = 1.0, tile, HALF_COST if tile in HALVES else 1.0
+    while before < mean + 4 * mean**0.5:
+        found += half * more_than(before) + (1 - half) * more_than(before + tile / 2)
+        before += tile
+    return found
+
+
 @lru_cache(4096)
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
     active = active_experts(problem, tokens)
     mean = tokens * problem.top_k * problem.num_local_experts / problem.num_experts / active
-    most = mean + SPREAD * mean**0.5
-    if most > 11.5:
-        tile = next((tile for tile in TILES if most <= tile), 128)
+    tile = min(COSTS, key=lambda tile: COSTS[tile] * expected_tiles(mean, tile)) if mean < LARGE else max(COSTS)
+    if tile in TILES:
         return Choice(TILES[tile], TILES[tile])
 
     def of(rows: int, many: Shape) -> Shape:
