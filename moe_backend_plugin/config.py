@@ -50,6 +50,11 @@ class MoeConfig(_Group):
         description="precision of the tokens entering an expert matrix: bf16, nvfp4 (quantised on the fly; torch ops only), or auto (bf16 "
         "in this release)",
     )
+    tactics: Literal["cache", "heuristic"] = Field(
+        "cache",
+        description="how the CuTe DSL kernels are cut up for a number of tokens: cache takes what moe-backend tune found for this device "
+        "and layer, where it did; heuristic never looks. A server never tunes",
+    )
 
 
 class LinearConfig(_Group):

@@ -181,6 +181,19 @@ def _from_nvml() -> tuple[Device | None, str]:
         pynvml.nvmlShutdown()
 
 
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, from NVML; None where it cannot be asked. CUDA stays untouched in this process."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except Exception:  # noqa: BLE001  whatever NVML raises, the version is unknown
+        return None
+    return version if isinstance(version, str) else version.decode()
+
+
 def _first_visible(nvml):
     """CUDA_VISIBLE_DEVICES holds indices or UUIDs (of a GPU or of a MIG slice); what follows an invalid entry is hidden."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

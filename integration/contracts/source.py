@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, Signature
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from . import members
 from .signatures import Call, fields_signature, forwarding, misfit, signature_of, without_first
@@ -89,13 +89,18 @@ class Source:
         self._modules: dict[str, Module | None] = {}
         self._classes: dict[ast.ClassDef, Class] = {}
         self._orders: dict[Class, list[Class | External]] = {}
+        # A folder without __init__.py is a package as well, an empty one.
+        self._folders = {str(parent) for path in self._paths for parent in PurePosixPath(path).parents}
         self._packages = {path.split("/", 1)[0].removesuffix(".py") for path in self._paths}
 
     def module(self, name: str) -> Module | None:
         if name not in self._modules:
             base = name.replace(".", "/")
             path = next((p for p in (f"{base}/__init__.py", f"{base}.py") if p in self._paths), None)
-            self._modules[name] = Module(name, ast.parse(self._zip.read(path)), path.endswith("__init__.py")) if path else None
+            if path:
+                self._modules[name] = Module(name, ast.parse(self._zip.read(path)), path.endswith("__init__.py"))
+            else:
+                self._modules[name] = Module(name, ast.parse(""), True) if base in self._folders else None
         return self._modules[name]
 
     # -- names ------------------------------------------------------------------------------------------------------

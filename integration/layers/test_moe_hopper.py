@@ -253,7 +253,7 @@ def test_nvfp4_activations_stay_vllms(vllm_config, kernels, monkeypatch):
 
 def projection(experts: int, rows: int, columns: int, gated: bool):
     """Random codes and scales in memory from ``allocate``, and copies of them."""
-    from moe_backend_plugin.engines.vllm.moe_cuda import allocate
+    from moe_backend_plugin.engines.packing import allocate
 
     codes, scales = allocate(experts, rows, columns, gated)
     assert torch.isnan(scales.float()).all()
@@ -268,12 +268,12 @@ def projection(experts: int, rows: int, columns: int, gated: bool):
 @pytest.mark.parametrize("part_experts", [1, 2, 100])
 @pytest.mark.parametrize(("experts", "rows", "columns"), [(5, 96, 80), (7, 128, 64), (3, 2 * 48, 16), (1, 256, 144)])
 def test_weights_are_rearranged_where_they_lie(vllm_config, kernels, monkeypatch, experts, rows, columns, gated, part_experts):
-    from moe_backend_plugin.engines.vllm import moe_cuda
+    from moe_backend_plugin.engines import packing
 
     codes, scales, *copies = projection(experts, rows, columns, gated)
     shape = hopper.packed_shape(experts, rows, columns, gated)
-    monkeypatch.setattr(moe_cuda, "_PART_BYTES", part_experts * shape[1] * shape[2] * shape[3])
-    packed = moe_cuda.rearrange(codes, scales, gated=gated)
+    monkeypatch.setattr(packing, "_PART_BYTES", part_experts * shape[1] * shape[2] * shape[3])
+    packed = packing.rearrange(codes, scales, gated=gated)
     assert torch.equal(packed, hopper.pack(*copies, gated=gated))
     assert packed.data_ptr() == codes.data_ptr() and packed.untyped_storage().nbytes() == packed.nbytes
     assert packed.is_contiguous()
@@ -281,7 +281,7 @@ def test_weights_are_rearranged_where_they_lie(vllm_config, kernels, monkeypatch
 
 def test_weights_that_were_moved_are_left_whole(vllm_config, kernels):
     """vLLM moves tensors one by one to offload them, and then they share no memory."""
-    from moe_backend_plugin.engines.vllm.moe_cuda import rearrange
+    from moe_backend_plugin.engines.packing import rearrange
 
     codes, scales, *copies = projection(4, 96, 80, True)
     moved = codes.clone(), scales.clone()
@@ -291,11 +291,11 @@ def test_weights_that_were_moved_are_left_whole(vllm_config, kernels):
 
 
 def test_gates_and_ups_that_alternate_are_sorted(vllm_config, kernels, monkeypatch):
-    from moe_backend_plugin.engines.vllm import moe_cuda
+    from moe_backend_plugin.engines import packing
 
     codes, scales, codes_copy, scales_copy = projection(3, 64, 32, True)
-    monkeypatch.setattr(moe_cuda, "_PART_BYTES", 1)
-    packed = moe_cuda.rearrange(codes, scales, gated=True, interleaved=True)
+    monkeypatch.setattr(packing, "_PART_BYTES", 1)
+    packed = packing.rearrange(codes, scales, gated=True, interleaved=True)
     order = [*range(0, 64, 2), *range(1, 64, 2)]
     scales_sorted = scales_copy.view(torch.uint8)[:, order].view(torch.float8_e4m3fn)
     assert torch.equal(packed, hopper.pack(codes_copy[:, order].contiguous(), scales_sorted, gated=True))

@@ -63,7 +63,7 @@ class Clock:
         warm = list(warm)
         for i in range(launches + 1):  # whatever compiles or loads at a first call stays out of the capture
             launch(i)
-        run_in, graph = _capture(launch, [launches]), _capture(launch, range(launches))
+        run_in, graph = capture(launch, [launches]), capture(launch, range(launches))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
         for _ in range(WARM_UPS + replays):
@@ -100,7 +100,8 @@ class Clock:
         return self._copies[count]
 
 
-def _capture(launch: Callable[[int], object], which: Iterable[int]) -> torch.cuda.CUDAGraph:
+def capture(launch: Callable[[int], object], which: Iterable[int]) -> torch.cuda.CUDAGraph:
+    """A graph of ``launch(i)`` for each i of ``which``."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # On the current stream where that can be: a kernel's workspace may belong to the stream that its first calls ran on.

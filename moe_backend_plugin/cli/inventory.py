@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_backend_plugin.device import Choice
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.gdn.support import heads_reason
 from moe_backend_plugin.nvfp4.files import Stored
+
+if TYPE_CHECKING:
+    from moe_backend_plugin.moe.problem import MoEProblem
 
 KINDS = (
     "experts", "shared experts", "router", "attention projections", "gdn projections", "gdn state update", "dense mlp",
@@ -70,6 +73,24 @@ def _experts_reason(text: dict[str, Any], activations: str) -> str | None:
     """Why the kernels cannot serve a model's experts on one GPU, or None if they can, or if its description does not tell."""
     import torch
 
+    try:
+        problem = experts_problem(text, "nvfp4" if activations == "nvfp4" else "bf16")
+    except PluginError as error:
+        return str(error)
+    if problem is None:
+        return None
+    try:
+        from moe_backend_plugin.moe.cuda import unsupported_reason
+    except ImportError:  # without CuTe DSL the engine's own packages are missing too, and that is said elsewhere
+        return None
+    return unsupported_reason(problem, torch.bfloat16)
+
+
+def experts_problem(text: dict[str, Any], precision: Literal["bf16", "nvfp4"] = "bf16") -> MoEProblem | None:
+    """A model's expert layer on one GPU, by its (text) configuration; None if that does not tell.
+
+    Raises PluginError on one that this package does not have.
+    """
     from moe_backend_plugin.moe.problem import Activation, MoEProblem
 
     sizes = _experts(text), text.get("hidden_size"), text.get("moe_intermediate_size") or text.get("intermediate_size")
@@ -77,16 +98,7 @@ def _experts_reason(text: dict[str, Any], activations: str) -> str | None:
     if None in (*sizes, top_k, function):
         return None
     experts, hidden, width = sizes
-    try:
-        activation = Activation.parse(function, limit=text.get("swiglu_limit"))
-        problem = MoEProblem(experts, experts, hidden, width, top_k, activation, "nvfp4" if activations == "nvfp4" else "bf16")
-    except PluginError as error:
-        return str(error)
-    try:
-        from moe_backend_plugin.moe.cuda import unsupported_reason
-    except ImportError:  # without CuTe DSL the engine's own packages are missing too, and that is said elsewhere
-        return None
-    return unsupported_reason(problem, torch.bfloat16)
+    return MoEProblem(experts, experts, hidden, width, top_k, Activation.parse(function, limit=text.get("swiglu_limit")), precision)
 
 
 def _experts(text: dict[str, Any]) -> int | None:

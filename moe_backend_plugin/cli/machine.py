@@ -105,8 +105,14 @@ def _check_engines(machine: Machine) -> None:
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None and ENTRY_POINT not in [name.strip() for name in allowed.split(",")]:
             machine.problems.append(f"VLLM_PLUGINS={allowed} keeps vLLM from loading {ENTRY_POINT}: add it or unset the variable")
-    if "sglang" in found and not machine.entry_points["sglang"]:
-        machine.notes.append("sglang is installed; this release has no SGLang plugin")
+    if "sglang" in found:
+        if not machine.entry_points["sglang"]:
+            machine.problems.append(
+                f"the entry point {ENTRY_POINT} of {ENTRY_GROUPS['sglang']} is not registered: reinstall moe-backend-plugin"
+            )
+        allowed = os.environ.get("SGLANG_PLUGINS")
+        if allowed and ENTRY_POINT not in [name.strip() for name in allowed.split(",")]:
+            machine.problems.append(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {ENTRY_POINT}: add it or unset the variable")
 
 
 def _check_cpu_build(machine: Machine) -> None:

@@ -14,6 +14,7 @@ from moe_backend_plugin.cli.bench import app as bench_app
 from moe_backend_plugin.cli.config import app as config_app
 from moe_backend_plugin.cli.doctor import doctor
 from moe_backend_plugin.cli.quantize import quantize
+from moe_backend_plugin.cli.tune import tune
 from moe_backend_plugin.cli.verify import verify
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(doctor)
 app.add_typer(config_app, name="config")
 app.command()(quantize)
 app.command()(verify)
+app.command()(tune)
 app.add_typer(bench_app, name="bench")
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ...errors import CheckpointError
+from ..errors import CheckpointError
 
 E4M3_NAN = 0x7F
 SCALE_ALLOWED = "finite float8_e4m3fn values >= 0"
@@ -26,12 +26,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def checked(loader: Callable, where: Callable[..., str], on_load: Callable[..., None]) -> Callable:
-    """Wrap a weight loader of vLLM: refuse a tensor of another dtype, and note what was loaded.
+    """Wrap a weight loader of an engine: refuse a tensor of another dtype, and note what was loaded.
 
-    vLLM's loaders copy into the parameter, which converts silently: bf16 weights would become garbage bytes.
+    The engines' loaders copy into the parameter, which converts silently: bf16 weights would become garbage bytes.
 
     Args:
-        loader: vLLM's ``weight_loader(param, loaded_weight, ...)``.
+        loader: the engine's ``weight_loader(param, loaded_weight, ...)``.
         where: gives the checkpoint name of the tensor from the loader's remaining arguments.
         on_load: called with the same arguments after each tensor.
     """

@@ -26,14 +26,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-@cache
-def _device_architecture(index: int) -> str:
-    found = kernels.architecture_of(torch.cuda.get_device_capability(index))
-    if found is None:
-        raise RuntimeError(f"device {index}: compute capability {torch.cuda.get_device_capability(index)}, allowed 9.0 and 10.x")
-    return found
-
-
 def unsupported_reason(
     *, head_k: int, head_v: int, key_heads: int, value_heads: int, state: torch.dtype, tokens: torch.dtype
 ) -> str | None:
@@ -86,9 +78,13 @@ class Layer:
     norm: str = ""
     norm_weight: torch.dtype = torch.bfloat16
 
-    def variants(self, *, speculative: bool) -> Iterator[Variant]:
-        """Every variant that a server of this model can launch: one token a row, and with drafts, accepted rows."""
+    def variants(self, *, speculative: bool, verify: bool = False) -> Iterator[Variant]:
+        """Every variant that a server of this model can launch: one token a row, and with drafts, accepted rows.
+
+        ``verify``: drafts whose states go to an intermediate buffer, and no slot is written (SGLang).
+        """
         modes = [{}] + ([{"ragged": True, "write": "each", "accepted": True}] if speculative else [])
+        modes += [{"ragged": True, "write": "none", "intermediate": True}] if verify else []
         norms = ["", self.norm] if self.norm else [""]
         for mode, norm in product(modes, norms):
             for tile_v, warps in tiles(self.state.itemsize, "ragged" in mode):
@@ -109,7 +105,7 @@ class Layer:
 @cache
 def prepare(layer: Layer, device: torch.device, *, speculative: bool) -> int:
     """Compile and load whatever a server of this model can launch; returns how many kernels had to be compiled."""
-    return kernels.prepare(FAMILY, layer.variants(speculative=speculative), _device_architecture(device.index or 0))
+    return kernels.prepare(FAMILY, layer.variants(speculative=speculative), kernels.device_architecture(device.index or 0))
 
 
 @cache
@@ -146,7 +142,7 @@ def _kernel(
         tile_v=tile_v,
         warps=warps,
     )
-    return kernels.load(FAMILY, variant, _device_architecture(device))
+    return kernels.load(FAMILY, variant, kernels.device_architecture(device))
 
 
 def decode(

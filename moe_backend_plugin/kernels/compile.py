@@ -30,6 +30,7 @@ logger = logging.getLogger("moe_backend_plugin.kernels")
 
 ARCHITECTURES = ("sm_90a", "sm_100a")
 """What the kernels are written for."""
+_CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.x"}
 CACHE_VARIABLE = "MOE_BACKEND_PLUGIN_KERNEL_CACHE"
 ENTRY = "kernel"
 """The name of the function inside an object file."""
@@ -43,6 +44,19 @@ _folder: str = ""
 def architecture_of(capability: tuple[int, int]) -> str | None:
     """The architecture to compile for on a GPU of this compute capability, or None where no kernel of this package runs."""
     return {9: "sm_90a", 10: "sm_100a"}.get(capability[0])
+
+
+@cache
+def device_architecture(index: int, allowed: tuple[str, ...] = ARCHITECTURES) -> str:
+    """The architecture to compile for on this process's GPU number ``index``. Raises RuntimeError if it is none of ``allowed``."""
+    import torch
+
+    capability = torch.cuda.get_device_capability(index)
+    found = architecture_of(capability)
+    if found not in allowed:
+        capabilities = " and ".join(_CAPABILITIES[architecture] for architecture in allowed)
+        raise RuntimeError(f"device {index}: compute capability {capability}, allowed {capabilities}")
+    return found
 
 
 @cache

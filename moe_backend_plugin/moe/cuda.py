@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import compile as kernels
-from . import route, tiles, workspace
+from . import route, tactics, tiles, workspace
 from .problem import MoEProblem
 
 GEMM = "moe_gemm"
+ARCHITECTURES = ("sm_90a",)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
 HIDDEN, WIDTH = range(256, 16385), range(16, 8193)
 EVERY_STREAM = 0
@@ -63,14 +64,6 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def _architecture(device: int) -> str:
-    found = kernels.architecture_of(torch.cuda.get_device_capability(device))
-    if found != "sm_90a":
-        raise RuntimeError(f"device {device}: compute capability {torch.cuda.get_device_capability(device)}, allowed 9.0")
-    return found
-
-
 def _fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> dict:
     """Of the kernel's ``Variant``."""
     gate_up = use == "gate_up"
@@ -96,7 +89,7 @@ def variants(problem: MoEProblem, tokens: torch.dtype, max_tokens: int, multipro
     """Every expert kernel that calls of up to ``max_tokens`` tokens can launch."""
     from ..kernels.moe_gemm import Variant
 
-    for choice in tiles.choices(problem, max_tokens, multiprocessors):
+    for choice in tactics.choices(problem, max_tokens, multiprocessors, tokens):
         for use, shape in (("gate_up", choice.gate_up), ("down", choice.down)):
             yield Variant(**_fields(problem, use, shape, tokens))
 
@@ -105,9 +98,12 @@ def variants(problem: MoEProblem, tokens: torch.dtype, max_tokens: int, multipro
 def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device: torch.device, max_tokens: int, mapped: bool) -> int:
     """Compile and load every kernel that calls of up to ``max_tokens`` tokens can launch, and make the arena large enough.
 
+    What was tuned for this device is read here, and nowhere else: see :mod:`.tactics`.
     ``index``: dtype of the ids; ``mapped``: whether calls bring an expert map. Returns how many kernels had to be compiled.
     """
-    architecture = _architecture(device.index or 0)
+    architecture = kernels.device_architecture(device.index or 0, ARCHITECTURES)
+    if tactics.load(problem, tokens, device.index or 0):
+        forget_choices()
     compiled = kernels.prepare(GEMM, variants(problem, tokens, max_tokens, _multiprocessors(device.index or 0)), architecture)
     compiled += kernels.prepare(route.ROUTE, route.route_variants(index, mapped), architecture)
     compiled += kernels.prepare(route.COMBINE, route.combine_variants(tokens, tokens, problem.top_k), architecture)
@@ -119,7 +115,7 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device
 def _largest(problem: MoEProblem, max_tokens: int, tokens: torch.dtype, multiprocessors: int) -> workspace.Plan:
     ranges: list[workspace.TokenRange] = []
     most: dict[int, int] = {}
-    for choice, last in tiles.choices(problem, max_tokens, multiprocessors).items():
+    for choice, last in tactics.choices(problem, max_tokens, multiprocessors, tokens).items():
         most[choice.tile_tokens] = max(last, most.get(choice.tile_tokens, 0))
     for tile, last in sorted(most.items(), key=lambda item: item[1]):
         ranges.append(workspace.TokenRange(last, (workspace.Call(tile, y=tokens),)))
@@ -135,11 +131,11 @@ def arena_bytes(problem: MoEProblem, max_tokens: int, tokens: torch.dtype = torc
 def _gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> Callable:
     from ..kernels.moe_gemm import Variant
 
-    return kernels.load(GEMM, Variant(**_fields(problem, use, shape, tokens)), _architecture(device))
+    return kernels.load(GEMM, Variant(**_fields(problem, use, shape, tokens)), kernels.device_architecture(device, ARCHITECTURES))
 
 
 class _Call(NamedTuple):
-    """What calls of one size have in common."""
+    """What calls of one size, run in one way, have in common."""
 
     plan: workspace.Plan
     tile_tokens: int
@@ -150,9 +146,9 @@ class _Call(NamedTuple):
 
 
 @lru_cache(4096)
-def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype) -> _Call:
+def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, choice: tiles.Choice | None = None) -> _Call:
     multiprocessors = _multiprocessors(device)
-    choice = tiles.choose(problem, tokens, multiprocessors)
+    choice = choice or tactics.chosen(problem, tokens, multiprocessors, dtype)
     plan = workspace.plan(problem, tokens, workspace.Call(choice.tile_tokens, y=dtype), dtype, route.scratch_ints)
     token_tiles = workspace.max_tiles(tokens * problem.top_k, problem.num_local_experts, choice.tile_tokens)
 
@@ -169,6 +165,12 @@ def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype) -> 
     )
 
 
+def forget_choices() -> None:
+    """Choose anew for every call from here on. Graphs keep what they were captured with."""
+    _call.cache_clear()
+    _largest.cache_clear()
+
+
 # --- the call ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,18 +182,20 @@ def fused_moe(
     problem: MoEProblem,
     out: Tensor,
     expert_map: Tensor | None = None,
+    choice: tiles.Choice | None = None,
 ) -> None:
     """``out`` [M, H] = the layer's output for ``x`` [M, H], bf16 or fp16, rows of unit stride and 16-byte aligned.
 
     topk_weights: float32 [M, k]; topk_ids: int32 or int64 [M, k]; both contiguous. Ids that no local expert answers (out of range, or
     not in ``expert_map``, int32 [num_experts]) add nothing. With the number of tokens fixed, a token's result does not depend on
-    the other tokens. Raises RuntimeError if the arena would have to grow while a graph is captured: see :func:`prepare`.
+    the other tokens. ``choice``: how to run it, instead of what was tuned or the heuristic says. Raises RuntimeError if the arena would
+    have to grow while a graph is captured: see :func:`prepare`.
     """
     tokens = x.shape[0]
     if tokens == 0:
         return
     device, activation = x.device, problem.activation
-    call = _call(device.index, problem, tokens, x.dtype)
+    call = _call(device.index, problem, tokens, x.dtype, choice)
     memory = workspace.Arena.get(device, call.plan.bytes, EVERY_STREAM).views(call.plan)
     order, lists, counts = memory["order"], memory["tiles"], memory["counts"]
     route.route(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import PluginError
 from ..kernels import compile as kernels
 from .routing import local_ids
+from .workspace import max_tiles
 
 ROUTE, COMBINE = "moe_route", "moe_combine"
 INDEX_TYPES = (torch.int32, torch.int64)
@@ -31,11 +32,6 @@ MAX_BLOCKS = 128
 """Blocks of the many-block kernels; each adds up what all of them counted, so more would cost more than they bring."""
 FEW_WARPS = 528
 """Warps of a combine call below which it is a matter of latency: small blocks (as many multiprocessors as possible), all loads at once."""
-
-
-def max_tiles(pairs: int, experts: int, tile_tokens: int) -> int:
-    """The most tiles that ``pairs`` pairs can make: every expert may leave one tile unfilled."""
-    return min(pairs, experts) + pairs // tile_tokens
 
 
 def route_reference(
@@ -136,19 +132,11 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @cache
-def _architecture(device: int) -> str:
-    found = kernels.architecture_of(torch.cuda.get_device_capability(device))
-    if found is None:
-        raise RuntimeError(f"device {device}: compute capability {torch.cuda.get_device_capability(device)}, allowed 9.0 and 10.x")
-    return found
-
-
-@cache
 def _route_kernel(device: int, method: str, index: torch.dtype, mapped: bool, threads: int, pairs: int) -> Callable:
     from ..kernels.moe_route import Variant
 
     variant = Variant(method=method, index=_name(index), mapped=mapped, threads=threads, pairs=pairs)
-    return kernels.load(ROUTE, variant, _architecture(device))
+    return kernels.load(ROUTE, variant, kernels.device_architecture(device))
 
 
 @cache
@@ -156,7 +144,7 @@ def _combine_kernel(device: int, rows: torch.dtype, tokens: torch.dtype, top_k: 
     from ..kernels.moe_combine import Variant
 
     variant = Variant(rows=_name(rows), tokens=_name(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
-    return kernels.load(COMBINE, variant, _architecture(device))
+    return kernels.load(COMBINE, variant, kernels.device_architecture(device))
 
 
 @cache

@@ -84,7 +84,7 @@ class Choice:
 
 def active_experts(problem: MoEProblem, tokens: int) -> float:
     """Local experts that ``tokens`` tokens reach if routing is even."""
-    return problem.num_local_experts * (1 - (1 - problem.top_k / problem.num_experts) ** tokens)
+    return problem.num_local_experts * (1 - max(0.0, 1 - problem.top_k / problem.num_experts) ** tokens)
 
 
 def expected_tiles(mean: float, tile: int) -> float:

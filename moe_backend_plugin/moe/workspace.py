@@ -99,7 +99,7 @@ class Plan:
 
 
 def max_tiles(pairs: int, experts: int, tile_tokens: int) -> int:
-    """A bound on the tiles of any routing of ``pairs`` (token, slot) pairs to ``experts`` local experts."""
+    """A bound on the tiles of any routing of ``pairs`` (token, slot) pairs to ``experts`` local experts: each may leave one unfilled."""
     return min(pairs, experts) + pairs // tile_tokens
 
 

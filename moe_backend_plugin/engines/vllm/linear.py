@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ...linear.op import nvfp4_linear, prepare
 from ...nvfp4.format import BLOCK
 from ...nvfp4.scheme import TensorNames
-from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
+from ..loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
 
 
 @register_weight_loader_v2_supported_method

@@ -20,7 +20,7 @@ from ...moe.problem import Activation
 from ...nvfp4.format import BLOCK
 from ...nvfp4.scheme import TensorNames
 from ...nvfp4.unscaled import to_planes
-from .loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
+from ..loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, checked, nan_filled
 
 
 def activation_of(moe: FusedMoEConfig) -> Activation:

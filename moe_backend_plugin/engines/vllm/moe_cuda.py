@@ -6,7 +6,6 @@ kernels. Where vLLM moves tokens between ranks, the kernels are the experts of v
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +24,10 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 
 from ...errors import PluginError
 from ...kernels import compile as kernels
-from ...moe import cuda
+from ...moe import cuda, tactics
 from ...moe.op import nvfp4_moe_packed
 from ...moe.problem import MoEProblem
-from ...nvfp4 import hopper
-from ...nvfp4.format import BLOCK
-from .loading import E4M3_NAN
+from ..packing import allocate, rearrange
 from .moe import Nvfp4MoEMethod, activation_of
 from .settings import plugin_config
 
@@ -40,7 +37,6 @@ ALL2ALL = ("allgather_reducescatter", "deepep_high_throughput")
 """vLLM's ways to move tokens between ranks that hand them over as the kernels want: bf16 or fp16 rows, ids of the whole model."""
 INDEX = torch.int32
 """The router's ids, and vLLM's expert map."""
-_PART_BYTES = 256 << 20
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -121,48 +117,6 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_
 # --- weights ---------------------------------------------------------------------------------------------------------------------------
 
 
-def allocate(experts: int, rows: int, columns: int, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 [E, N, K/2] and scales float8_e4m3fn [E, N, K/16], all NaN, in the memory that the packed projection will take.
-
-    Buffers of the checkpoint's sizes, freed layer by layer, would leave holes that packed projections do not fit into.
-    """
-    memory = torch.empty(math.prod(hopper.packed_shape(experts, rows, columns, gated)), dtype=torch.uint8)
-    values = experts * rows * columns
-    codes = memory[: values // 2].view(experts, rows, columns // 2)
-    scales = memory[values // 2 : values // 2 + values // BLOCK].fill_(E4M3_NAN)
-    return codes, scales.view(torch.float8_e4m3fn).view(experts, rows, columns // BLOCK)
-
-
-def rearrange(codes: torch.Tensor, scales: torch.Tensor, *, gated: bool, interleaved: bool = False) -> torch.Tensor:
-    """A checkpoint's projection in the kernels' order: uint8 of ``hopper.packed_shape``, in place of tensors from :func:`allocate`.
-
-    ``gated``: the rows are gates, then ups; with ``interleaved`` they alternate. Beyond the result this takes the scales once more
-    and some experts' weights, 256 MiB or one expert if that is more. Tensors from elsewhere (moved, to offload them) stay whole.
-    """
-    experts, rows, half = codes.shape
-    shape = hopper.packed_shape(experts, rows, half * 2, gated)
-    memory = codes.untyped_storage()
-    if memory.data_ptr() == scales.untyped_storage().data_ptr() and memory.nbytes() == math.prod(shape):
-        packed = torch.empty(0, dtype=torch.uint8, device=codes.device).set_(memory, 0, shape)
-        scales = scales.clone()
-    else:
-        packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
-    step = max(1, _PART_BYTES // math.prod(shape[1:]))
-    # A packed expert is no smaller than its codes: from the last one on, each lands on codes that have been read.
-    for first in reversed(range(0, experts, step)):
-        part_codes, part_scales = codes[first : first + step], scales[first : first + step]
-        if interleaved:
-            part_codes = _halves(part_codes)
-            part_scales = _halves(part_scales.view(torch.uint8)).view(scales.dtype)
-        packed[first : first + step] = hopper.pack(part_codes, part_scales, gated=gated)
-    return packed
-
-
-def _halves(rows: torch.Tensor) -> torch.Tensor:
-    """[E, N, X] with rows of two kinds that alternate -> the first kind, then the second."""
-    return torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1)
-
-
 class Progress:
     """Says every few seconds how many layers have been rearranged, and at the end how long all of them took."""
 
@@ -223,6 +177,7 @@ class HopperMoEMethod(Nvfp4MoEMethod):
         self.problem = problem_of(moe, use_nvfp4=self.use_nvfp4, on_input=layer.apply_router_weight_on_input)
         # Before any weight is read: a compiler that does not work should stop the server at once.
         kernels.use_cache_folder(plugin_config().kernel_cache)
+        tactics.use(plugin_config().moe.tactics)
         prepare(self.problem, moe.in_dtype, current_device(), most_tokens(moe), layer.expert_map is not None)
         _progress.expect_layer()
 

@@ -1,0 +1,293 @@
+"""This package in the real SGLang, on CPU tensors: arguments, the MoE runner and its layers, the GDN dispatcher.
+
+The Hopper kernels do not run here: on a CPU the same classes call this package's torch ops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from moe_backend_plugin.errors import PluginError
+
+from .conftest import MODELS
+
+MOE_MODEL = MODELS / "pycoder-moe-nvfp4"
+
+
+def parse(sglang, *argv: str):
+    parser = argparse.ArgumentParser(prog="sglang serve")
+    sglang.ServerArgs.add_cli_args(parser)
+    return sglang.ServerArgs.from_cli_args(parser.parse_args(["--model-path", "m", *argv]))
+
+
+@pytest.mark.parametrize("flag", ["--moe-backend", "--moe-runner-backend"])
+def test_both_flags_name_the_runner(sglang, flag):
+    assert parse(sglang, flag, "cutedsl").moe_runner_backend == "cutedsl"
+    assert parse(sglang).moe_runner_backend == "auto"
+
+
+def test_a_configuration_file_names_the_backends(sglang, tmp_path):
+    file = tmp_path / "server.yaml"
+    file.write_text("model-path: m\nmoe-backend: cutedsl\nlinear-attn-decode-backend: cutedsl_plugin\n")
+    args = sglang.prepare_server_args(["--config", str(file)])
+    assert (args.moe_runner_backend, args.linear_attn_decode_backend) == ("cutedsl", "cutedsl_plugin")
+
+
+@pytest.mark.parametrize("flag", ["--moe-backend", "--moe-runner-backend", "--linear-attn-decode-backend"])
+def test_an_unknown_name_lists_the_choices(sglang, flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(sglang, flag, "cutedls")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "invalid choice: 'cutedls'" in said and "'cutedsl'" in said
+
+
+def test_engine_keywords(sglang):
+    engine = pytest.importorskip("sglang.srt.entrypoints.engine").Engine
+    assert engine.server_args_class(model_path="m", moe_backend="cutedsl").moe_runner_backend == "cutedsl"
+    assert engine.server_args_class(model_path="m", moe_runner_backend="cutedsl").moe_runner_backend == "cutedsl"
+
+
+def test_an_nvfp4_model_is_accepted(arguments):
+    assert arguments(MOE_MODEL, moe_runner_backend="cutedsl").moe_runner_backend == "cutedsl"
+
+
+def test_an_unknown_runner_of_engine_lists_the_choices(arguments):
+    with pytest.raises(PluginError, match="found 'cutedls'; allowed: auto, .*cutedsl"):
+        arguments(MOE_MODEL, moe_runner_backend="cutedls")
+
+
+def test_a_model_without_nvfp4_is_refused(arguments, tmp_path):
+    config = json.loads((MOE_MODEL / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PluginError, match="without quantisation"):
+        arguments(tmp_path, moe_runner_backend="cutedsl")
+
+
+def test_other_dispatchers_are_refused(arguments):
+    with pytest.raises((PluginError, AssertionError, ValueError)):
+        arguments(MOE_MODEL, moe_runner_backend="cutedsl", moe_a2a_backend="deepep")
+
+
+# --- MoE ---------------------------------------------------------------------------------------------------------------------------------
+
+HIDDEN, WIDTH, EXPERTS, TOP_K = 128, 64, 8, 2
+
+
+def projection(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=g)
+    scales = (torch.rand(rows, columns // 16, generator=g) + 0.1).to(torch.float8_e4m3fn)
+    return codes, scales, torch.rand((), generator=g) * 0.02 + 0.02
+
+
+def new_layer(quant_config, **options):
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+
+    initialize_moe_config()
+    sizes = dict(num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, layer_id=0, top_k=TOP_K)
+    return FusedMoE(**sizes, params_dtype=torch.float32, quant_config=quant_config, prefix="model.layers.0.mlp.experts", **options)
+
+
+def load(layer, names, seed: int = 0) -> dict:
+    """Give the layer a checkpoint through SGLang's own loader; returns its tensors."""
+    tensors = {}
+    for expert, shard in ((e, s) for e in range(EXPERTS) for s in ("w1", "w2", "w3")):
+        rows, columns = (HIDDEN, WIDTH) if shard == "w2" else (WIDTH, HIDDEN)
+        codes, scales, scale_2 = tensors[expert, shard] = projection(rows, columns, seed * 1000 + expert * 3 + int(shard[1]))
+        stored = scale_2.reciprocal() if names.reciprocal else scale_2
+        given = {names.weight: codes, names.scale: scales, names.global_scale: stored, names.input_scale: torch.tensor(0.5)}
+        for suffix, tensor in given.items():
+            name = f"{'w2' if shard == 'w2' else 'w13'}_{suffix}"
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, f"model.layers.0.mlp.experts.{name}", shard_id=shard, expert_id=expert)
+    return tensors
+
+
+def reference(tensors: dict, x, topk_weights, topk_ids):
+    from moe_backend_plugin.moe.problem import MoEProblem
+    from moe_backend_plugin.moe.reference import fused_moe
+
+    def stack(part: int, *shards: str) -> torch.Tensor:
+        return torch.stack([torch.cat([tensors[e, s][part].view(torch.uint8) for s in shards]) for e in range(EXPERTS)])
+
+    scale_2 = torch.stack([torch.stack([tensors[e, s][2] for s in ("w1", "w3")]) for e in range(EXPERTS)])
+    down = torch.stack([tensors[e, "w2"][2] for e in range(EXPERTS)])
+    f8 = torch.float8_e4m3fn
+    return fused_moe(
+        *(x, stack(0, "w1", "w3"), stack(1, "w1", "w3").view(f8), scale_2, stack(0, "w2"), stack(1, "w2").view(f8), down),
+        *(topk_weights, topk_ids, MoEProblem(EXPERTS, EXPERTS, HIDDEN, WIDTH, TOP_K)),
+    )
+
+
+def modelopt():
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp4Config
+
+    return ModelOptFp4Config(is_checkpoint_nvfp4_serialized=True, group_size=16, exclude_modules=[])
+
+
+def compressed_tensors():
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    arguments = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**arguments, "dynamic": False}, "input_activations": {**arguments, "dynamic": "local"}}
+    return CompressedTensorsConfig.from_config(
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"group_0": group}, "ignore": []}
+    )
+
+
+@pytest.mark.parametrize("producer", [modelopt, compressed_tensors])
+def test_a_layer_of_sglang(published, producer, monkeypatch):
+    """Built, loaded, called and loaded again by SGLang's own layer, dispatcher and runner."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from moe_backend_plugin.engines.sglang.moe import PluginRunnerCore
+    from moe_backend_plugin.nvfp4.scheme import COMPRESSED_TENSORS_NAMES, MODELOPT_NAMES
+
+    if producer is compressed_tensors:
+        from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+        # What a Hopper GPU answers to the question for capability 10.0; without a GPU SGLang cannot ask it.
+        monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: False)
+    names = MODELOPT_NAMES if producer is modelopt else COMPRESSED_TENSORS_NAMES
+    layer = new_layer(producer())
+    assert isinstance(layer.runner.runner_core, PluginRunnerCore) and layer.should_fuse_routed_scaling_factor_in_topk
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(5, HIDDEN, generator=g)
+    topk_weights, topk_ids = torch.rand(5, TOP_K, generator=g), torch.randint(0, EXPERTS, (5, TOP_K), dtype=torch.int32, generator=g)
+    topk_ids[4] = -1  # a padded row
+    for seed in (0, 1):
+        tensors = load(layer, names, seed)
+        layer.quant_method.process_weights_after_loading(layer)
+        out = layer.forward_impl(x, StandardTopKOutput(topk_weights, topk_ids, torch.empty(5, EXPERTS)))
+        torch.testing.assert_close(out, reference(tensors, x, topk_weights, topk_ids), rtol=2e-2, atol=2e-2)
+        assert not out[4].any()
+        layer.quant_method.restore_weights_before_loading(layer)
+
+
+def test_experts_of_another_kind_are_refused_by_the_runner(published):
+    from sglang.srt.layers.moe import MoeRunnerConfig
+    from sglang.srt.layers.moe.moe_runner import MoeRunner
+    from sglang.srt.layers.moe.utils import resolve_moe_runner_backend
+
+    runner = MoeRunner(resolve_moe_runner_backend("cutedsl"), MoeRunnerConfig())
+    with pytest.raises(PluginError, match="experts described by object"):
+        runner.run(None, object())
+
+
+# --- GDN ---------------------------------------------------------------------------------------------------------------------------------
+
+HQ, HV, D = 2, 4, 128
+
+
+def new_dispatcher():
+    from sglang.srt.layers.attention.linear.gdn_backend import GDNKernelDispatcher
+    from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
+
+    custom = LinearAttnKernelBackend("cutedsl_plugin")
+    assert custom.is_custom()
+    return GDNKernelDispatcher(custom, LinearAttnKernelBackend.TRITON, LinearAttnKernelBackend.TRITON)
+
+
+@pytest.fixture
+def case():
+    g = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def make(tokens: int) -> dict:
+        return dict(
+            mixed=random(tokens, (2 * HQ + HV) * D), a=random(tokens, HV), b=random(tokens, HV), A_log=random(HV), dt_bias=random(HV)
+        )
+
+    return make, random(9, HV, D, D) * 0.1
+
+
+def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, update_state: bool, intermediate=None) -> torch.Tensor:
+    from moe_backend_plugin.gdn import reference as gdn
+    from moe_backend_plugin.gdn.slots import PoolLayout, from_sglang
+
+    rows = cache.shape[0]
+    q, k, v = (
+        part.reshape(rows, tokens, heads, D)
+        for part, heads in zip(torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1), (HQ, HQ, HV), strict=True)
+    )
+    a, b = (x[name].view(rows, tokens, HV) for name in "ab")
+    starts = torch.arange(0, rows * tokens + 1, tokens)
+    table = from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts)
+    arguments = (q, k, v, a, b, x["A_log"], x["dt_bias"], pool, table)
+    return gdn.gdn_decode(*arguments, intermediate=intermediate, update_state=update_state).reshape(1, rows * tokens, HV, D)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_decode_through_the_dispatcher(published, case, is_packed):
+    """Slots of SGLang's pool: -1 pads, slot 0 and the last slot are slots."""
+    make, pool = case
+    dispatcher, x, cache = new_dispatcher(), make(4), torch.tensor([8, -1, 3, 0], dtype=torch.int32)
+    assert dispatcher.supports_packed_decode
+    ours, theirs = pool.clone(), pool.clone()
+    common = dict(A_log=x["A_log"], dt_bias=x["dt_bias"], ssm_states=ours, cache_indices=cache)
+    if is_packed:
+        sizes = dict(scale=D**-0.5, num_v_heads=HV, head_v_dim=D)
+        out = dispatcher.packed_decode(mixed_qkv=x["mixed"], a=x["a"], b=x["b"], **common, **sizes, replayssm_d=None)
+    else:
+        parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
+        q, k, v = (part.view(1, 4, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
+        out = dispatcher.decode(q, k, v, x["a"], x["b"], **common, query_start_loc=torch.arange(5, dtype=torch.int32))
+    torch.testing.assert_close(out, expected(x, theirs, cache, 1, True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert not out[0, 1].any() and torch.equal(ours[[1, 2, 4, 5, 6, 7]], pool[[1, 2, 4, 5, 6, 7]])
+
+
+def test_verification_leaves_the_pool_and_fills_rows(published, case):
+    make, pool = case
+    dispatcher, steps, cache = new_dispatcher(), 3, torch.tensor([5, -1, 8], dtype=torch.int32)
+    x = make(3 * steps)
+    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
+    q, k, v = (part.view(1, 3 * steps, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
+    ours, theirs = torch.full((4, steps, HV, D, D), 7.0), torch.full((4, steps, HV, D, D), 7.0)
+    states = pool.clone()
+    assert dispatcher.target_verify_supports_strided_qkv(None)
+    out = dispatcher.target_verify(
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        q=q,
+        k=k,
+        v=v,
+        a=x["a"],
+        b=x["b"],
+        ssm_states=states,
+        cache_indices=cache,
+        query_start_loc=torch.arange(0, 10, steps, dtype=torch.int32),
+        intermediate_states_buffer=ours,
+        intermediate_state_indices=torch.arange(3, dtype=torch.int32),
+        cache_steps=steps,
+        retrieve_parent_token=None,
+        stable_rows=False,
+    )
+    torch.testing.assert_close(out, expected(x, pool, cache, steps, False, theirs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(states, pool) and (ours[1] == 7).all() and (ours[3] == 7).all()
+
+
+def test_a_flag_for_verification_is_obeyed(published, monkeypatch):
+    from types import SimpleNamespace
+
+    from moe_backend_plugin.engines.sglang import gdn
+
+    mamba = SimpleNamespace(
+        linear_attn_backend="triton",
+        linear_attn_decode_backend="cutedsl_plugin",
+        linear_attn_prefill_backend=None,
+        linear_attn_verify_backend="triton",
+    )
+    monkeypatch.setattr(gdn, "get_exec", lambda: SimpleNamespace(mamba=mamba))
+    dispatcher = new_dispatcher()
+    assert isinstance(dispatcher.decode_kernel, gdn.PluginGDNKernel)
+    assert dispatcher.verify_kernel is dispatcher.tree_verify_kernel

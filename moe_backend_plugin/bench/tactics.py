@@ -1,0 +1,159 @@
+"""The GPU's part of ``moe-backend tune``: the inputs of a bucket, tactics run and timed on them, and the reference to hold them against.
+
+All tactics use one arena, sized before the first is timed for the one that needs most. The clock is that of the benchmarks
+(:mod:`.timing`): CUDA-graph replays, and weights that come from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernels import compile as kernels
+from ..moe import balanced, cuda, reference, route, tactics, workspace
+from ..moe.problem import MoEProblem
+from ..moe.tiles import Choice
+from ..moe.tuner import Conditions
+from ..nvfp4 import hopper
+from .moe import RESERVE, Checkpoint, global_scale
+from .timing import LAUNCHES, REPLAYS, Clock, capture
+
+ROWS_COMPARED = 1024
+"""Rows of the output that the reference computes; whether all are finite, and repeat bit for bit, is looked at on all of them."""
+LONG, FEW_REPLAYS = 2048, 6
+"""Calls above so many tokens are timed with two launches and fewer replays."""
+
+
+def random_checkpoint(problem: MoEProblem, device: torch.device, seed: int = 0) -> Checkpoint:
+    """As ``bench.moe.random_checkpoint``, for any activation: random codes and scales, and outputs near 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    E = problem.num_local_experts
+
+    def projection(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        codes = torch.randint(256, (E, rows, columns // 2), dtype=torch.uint8, device=device, generator=generator)
+        scales = torch.randint(0x60, 0x7F, (E, rows, columns // 16), dtype=torch.uint8, device=device, generator=generator)
+        return codes, scales.view(torch.float8_e4m3fn)
+
+    first = torch.full((E, 2 if problem.activation.gated else 1), global_scale(problem.hidden), device=device)
+    second = torch.full((E,), global_scale(problem.intermediate), device=device)
+    return Checkpoint(*projection(problem.w13_rows, problem.hidden), first, *projection(problem.hidden, problem.intermediate), second)
+
+
+class Layer:
+    """A layer with random weights, some sets of them; ``first``: the rank's first expert.
+
+    Makes every kernel that ``found`` (tactics) can launch, and the arena. Raises RuntimeError where the kernels cannot serve it.
+    """
+
+    def __init__(
+        self, problem: MoEProblem, dtype: torch.dtype, first: int, device: torch.device, max_tokens: int, found: Sequence[Choice]
+    ) -> None:
+        if reason := cuda.unsupported_reason(problem, dtype):
+            raise RuntimeError(reason)
+        self.problem, self.dtype, self.first, self.device = problem, dtype, first, device
+        self.clock = Clock(device)
+        self.expert_map = None
+        if problem.num_local_experts < problem.num_experts:
+            self.expert_map = torch.full((problem.num_experts,), -1, dtype=torch.int32, device=device)
+            self.expert_map[first : first + problem.num_local_experts] = torch.arange(
+                problem.num_local_experts, dtype=torch.int32, device=device
+            )
+        self.compiled = self._prepare(max_tokens, found)
+        self.checkpoint = random_checkpoint(problem, device)
+        c = self.checkpoint
+        packed = cuda.Weights(
+            hopper.pack(c.w13, c.w13_scale, gated=problem.activation.gated),
+            c.w13_scale_2,
+            hopper.pack(c.w2, c.w2_scale, gated=False),
+            c.w2_scale_2,
+        )
+        size = packed.w13.numel() + packed.w2.numel()
+        copies = max(1, min(LAUNCHES + 1, (torch.cuda.mem_get_info(device)[0] - RESERVE) // size))
+        self.sets = [packed, *(cuda.Weights(*(part.clone() for part in packed)) for _ in range(copies - 1))]
+
+    def _prepare(self, max_tokens: int, found: Sequence[Choice]) -> int:
+        from ..kernels.moe_gemm import Variant
+
+        uses = [("gate_up", t.gate_up) for t in found] + [("down", t.down) for t in found]
+        variants = [Variant(**cuda._fields(self.problem, use, shape, self.dtype)) for use, shape in dict.fromkeys(uses)]
+        compiled = kernels.prepare(cuda.GEMM, variants, "sm_90a")
+        compiled += cuda.prepare(self.problem, self.dtype, torch.int32, self.device, max_tokens, self.expert_map is not None)
+        plan = tactics.largest_plan(self.problem, max_tokens, found, self.dtype, route.scratch_ints)
+        workspace.Arena.get(self.device, plan.bytes, cuda.EVERY_STREAM)
+        return compiled
+
+    def case(self, conditions: Conditions) -> LayerCase:
+        """The inputs of one bucket."""
+        return LayerCase(self, conditions)
+
+
+class LayerCase:
+    """One bucket's inputs, a set a launch: see ``moe.tuner.Case``."""
+
+    def __init__(self, layer: Layer, conditions: Conditions) -> None:
+        self.layer, self.tokens = layer, conditions.tokens
+        problem, device = layer.problem, layer.device
+        self.launches = 2 if self.tokens > LONG else LAUNCHES
+        generator = torch.Generator(device).manual_seed(conditions.seed * 1_000_003 + self.tokens)
+        self.x, self.weights, self.ids = [], [], []
+        for i in range(self.launches + 1):
+            self.x.append(torch.randn(self.tokens, problem.hidden, device=device, generator=generator).to(layer.dtype))
+            weights, ids = balanced.routing(problem, self.tokens, layer.first, conditions.loads, seed=conditions.seed + i)
+            self.weights.append(weights.to(device))
+            self.ids.append(ids.to(device))
+        self.out = torch.empty_like(self.x[0])
+        self._graph: tuple[Choice, torch.cuda.CUDAGraph] | None = None
+
+    def time(self, tactic: Choice, conditions: Conditions) -> float:
+        """Microseconds of one call. A tactic that is not preallocated takes its workspace anew, by hand, within the time."""
+        launch = partial(self._launch, tactic, conditions.cold_l2)
+        replays = FEW_REPLAYS if self.tokens > LONG else REPLAYS
+        if conditions.preallocated:
+            return self.layer.clock.time(launch, (), self.launches, replays=replays, cold=conditions.cold_l2)
+        call = workspace.Call(tactic.tile_tokens, y=self.layer.dtype)
+        size = workspace.plan(self.layer.problem, self.tokens, call, self.layer.dtype, route.scratch_ints).bytes
+        return self._eager(lambda i: (torch.zeros(size, dtype=torch.uint8, device=self.layer.device), launch(i)), replays)
+
+    def _launch(self, tactic: Choice, cold: bool, i: int) -> None:
+        layer = self.layer
+        # The launch before the timed ones takes the first set; where the cache is to be warm, so do all.
+        number = (i + 1) % (self.launches + 1) % len(layer.sets) if cold else 0
+        i = i if cold else 0
+        cuda.fused_moe(
+            *(self.x[i], layer.sets[number], self.weights[i], self.ids[i], layer.problem, self.out),
+            expert_map=layer.expert_map,
+            choice=tactic,
+        )
+
+    def _eager(self, launch: Callable[[int], object], replays: int) -> float:
+        """The median without a graph, as a tuner that allocates has to time."""
+        times = []
+        for i in range(replays):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            launch(i % self.launches)
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3)
+        return sorted(times)[len(times) // 2]
+
+    def replay(self, tactic: Choice) -> Tensor:
+        """The output [M, H] of a graph of one call, replayed into memory full of NaN; the next replay overwrites it."""
+        if self._graph is None or self._graph[0] != tactic:
+            self._graph = None
+            self._launch(tactic, True, self.launches)
+            self._graph = tactic, capture(lambda i: self._launch(tactic, True, i), [self.launches])
+        self.out.fill_(float("nan"))
+        self._graph[1].replay()
+        torch.cuda.synchronize(self.layer.device)
+        return self.out
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """(int64 rows, their right output in float32) of the call that :meth:`replay` makes."""
+        layer, count, i = self.layer, min(ROWS_COMPARED, self.tokens), self.launches
+        rows = torch.arange(count, device=layer.device) * self.tokens // count
+        x, weights, ids = (part[i][rows] for part in (self.x, self.weights, self.ids))
+        return rows, reference.fused_moe(x, *layer.checkpoint, weights, ids, layer.problem, layer.expert_map).float()

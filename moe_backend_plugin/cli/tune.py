@@ -1,0 +1,221 @@
+"""``moe-backend tune``: find the fastest way to run a model's expert layers on this GPU, ahead of serving."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, model_folder, print_table
+
+if TYPE_CHECKING:
+    from moe_backend_plugin.moe.problem import MoEProblem
+    from moe_backend_plugin.moe.tactic_cache import Kind
+    from moe_backend_plugin.moe.tuner import Case, Conditions
+
+BIASES = ("unequal-allocations", "capped", "random-inputs", "warm-l2")
+CAP = 8192
+HOPPER = "a machine with an NVIDIA GPU of compute capability 9.0 (H100, H200) and torch built for CUDA"
+
+
+class Machine(NamedTuple):
+    """The GPU to tune on; ``make`` makes the inputs of a bucket."""
+
+    kind: Kind
+    make: Callable[[Conditions], Case]
+
+
+@command
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder of the model, or a shape of the benchmarks such as qwen3-30b-a3b, deepseek-v3.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the largest call, up to 131072: a server's largest batch.")] = 16384,
+    sizes: Annotated[str | None, typer.Option(help="Further token counts to tune, e.g. a server's graphs: 24,40.")] = None,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks that share out the experts; one of them is tuned here.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Which of these ranks, from 0.")] = 0,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that each hold a part of every expert.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Type of the tokens: bfloat16 or float16.")] = "bfloat16",
+    force: Annotated[str | None, typer.Option(metavar="TACTIC", help="Check this tactic and make it win every bucket.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out the buckets that the file has.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs, and of the order in which tactics are timed.")] = 0,
+    bias: Annotated[str | None, typer.Option(help=f"Tune as badly as others do, into --out: {', '.join(BIASES)}.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="PLOT", help="Picture to write (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Cache file. Default: this device's, in the folder of the compiled kernels.")] = None,
+) -> None:
+    """Tune the expert kernels for a model on this GPU; servers on such a device then use what was found."""
+    import torch
+
+    from moe_backend_plugin.bench import tune_report
+    from moe_backend_plugin.bench.stamp import slug
+    from moe_backend_plugin.config import load_config
+    from moe_backend_plugin.kernels import compile as kernels
+    from moe_backend_plugin.moe import buckets, tactic_cache, tactics, tuner
+
+    if dtype not in ("bfloat16", "float16"):
+        raise InputError("--dtype", repr(dtype), "bfloat16, float16")
+    if bias is not None and (bias not in BIASES or out is None):
+        raise InputError("--bias", f"{bias!r}{'' if out else ' without --out'}", f"one of {', '.join(BIASES)}, with a file of its own")
+    if not 1 <= max_tokens <= buckets.MOST_TOKENS:
+        raise InputError("--max-tokens", str(max_tokens), f"1 to {buckets.MOST_TOKENS}")
+    _check_files(out, report)
+    problem, first = _problem(model, ep, rank, tp)
+    wanted = _sizes(sizes, max_tokens)
+    forced = None
+    if force is not None:
+        forced = tactics.parse(force)
+        if reason := tactics.validity(problem, forced):
+            raise InputError("--force", f"{force}: {reason}", "a tactic that the kernels can have")
+
+    kernels.use_cache_folder(load_config().kernel_cache)
+    tokens = getattr(torch, dtype)
+    options = tuner.Options(seed=seed, biases=_biases(bias))
+
+    def edges_of(multiprocessors: int) -> list[int]:
+        return buckets.edges(problem, max_tokens, multiprocessors, wanted, options.biases.capped_at)
+
+    machine = _machine(problem, tokens, first, edges_of, forced)
+    path = out or tactic_cache.path_of(machine.kind)
+    tactic_cache.refuse_unwritable(path)
+    edges = edges_of(machine.kind.multiprocessors)
+    before = tactic_cache.entry_of(path, problem, tokens, machine.kind) if resume else None
+    held = set(before["buckets"]) if before else set()
+    try:
+        with _progress(len([edge for edge in edges if str(edge) not in held])) as (say, step):
+            for found in tuner.tune(
+                *(problem, max_tokens, machine.kind.multiprocessors, machine.make, options),
+                dtype=tokens,
+                sizes=wanted,
+                forced=forced,
+                skip=lambda last: str(last) in held,
+                progress=say,
+            ):
+                tactic_cache.write_bucket(path, problem, tokens, machine.kind, found.last, found.as_dict())
+                step()
+    except tuner.Struck as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_WRONG) from None
+    entry = tactic_cache.entry_of(path, problem, tokens, machine.kind)
+    done = {last: bucket for last, bucket in entry["buckets"].items() if int(last) in edges}
+    title = f"{model}, {problem.num_local_experts} of {problem.num_experts} experts, on {slug(machine.kind.name)}"
+    print_table(title, tune_report.COLUMNS, tune_report.lines(done))
+    struck: dict[str, str] = {}
+    for last, bucket in done.items():
+        for name, reason in bucket["struck"].items():
+            struck.setdefault(name, f"{last} tokens: {reason}")
+    for name, reason in struck.items():
+        print(f"struck out: {name}: {reason}")
+    print(tune_report.summary(done))
+    print(path)
+    if report is not None:
+        tune_report.plot(done, f"{title}, kernels {machine.kind.stamp['kernel']}", report)
+        print(report)
+
+
+def _problem(model: str, ep: int, rank: int, tp: int) -> tuple[MoEProblem, int]:
+    """The expert layer on one rank, and the global id of its first expert. Raises InputError."""
+    from moe_backend_plugin.bench.moe import MODELS
+
+    shapes = {found.name: replace(found, ep=1) for found in MODELS.values()} | MODELS
+    if model in shapes:
+        shape = shapes[model]
+        if shape.ep > 1 and ep > 1:
+            raise InputError("--ep", f"{ep}, and a shape of {shape.ep} ranks", f"{shape.name} with --ep")
+        ep = max(ep, shape.ep)
+        whole = replace(shape, ep=1).problem
+    elif Path(model).is_dir():
+        from moe_backend_plugin.cli.inventory import experts_problem
+
+        config = model_folder(Path(model))
+        whole = experts_problem(config.get("text_config", config))
+        if whole is None:
+            raise InputError("MODEL", f"{model!r}, whose config.json describes no experts", "a model with experts")
+    else:
+        raise InputError("MODEL", repr(model), f"a local folder in Hugging Face format, or {', '.join(shapes)}")
+    if whole.num_experts % ep:
+        raise InputError("--ep", str(ep), f"a divisor of the {whole.num_experts} experts")
+    if rank >= ep:
+        raise InputError("--rank", str(rank), f"0 to {ep - 1} with --ep {ep}")
+    if whole.intermediate % tp or whole.intermediate // tp % 16:
+        raise InputError("--tp", str(tp), f"a divisor of the expert width {whole.intermediate} that leaves a multiple of 16")
+    local = whole.num_experts // ep
+    return replace(whole, num_local_experts=local, intermediate=whole.intermediate // tp), rank * local
+
+
+def _sizes(text: str | None, max_tokens: int) -> list[int]:
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if not name.isdecimal() or not 1 <= int(name) <= max_tokens:
+            raise InputError("--sizes", repr(name), f"1 to {max_tokens} (--max-tokens); several separated by commas")
+    return [int(name) for name in names]
+
+
+def _check_files(out: Path | None, report: Path | None) -> None:
+    if out is not None and out.is_dir():
+        raise InputError("--out", f"{str(out)!r}, which is a folder", "a file's name")
+    if report is not None and report.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError("--report", repr(str(report)), "a file's name that ends in .png, .svg or .pdf")
+    if report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--report", "no package matplotlib", 'pip install "moe-backend-plugin[bench]"')
+
+
+def _biases(name: str | None) -> Any:
+    from moe_backend_plugin.moe.tuner import Biases
+
+    switches = {
+        None: Biases(),
+        "unequal-allocations": Biases(unequal_allocations=True),
+        "capped": Biases(capped_at=CAP),
+        "random-inputs": Biases(random_inputs=True),
+        "warm-l2": Biases(warm_l2=True),
+    }
+    return switches[name]
+
+
+def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[[int], list[int]], forced: Any) -> Machine:
+    """The GPU of this process, with every kernel that is to be timed compiled; ``edges_of`` gives the buckets by its multiprocessors.
+
+    Raises InputError where there is no GPU that the kernels run on.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("tune", "no CUDA device that torch can use", HOPPER)
+    capability = torch.cuda.get_device_capability()
+    if capability[0] != 9:
+        raise InputError("tune", f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, capability))}", HOPPER)
+    for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError("tune", f"no package with the module {module}", install)
+    from moe_backend_plugin.bench.tactics import Layer
+    from moe_backend_plugin.moe import cuda, tactics, tiles
+    from moe_backend_plugin.moe.tactic_cache import Kind
+
+    if reason := cuda.unsupported_reason(problem, dtype):
+        raise InputError("MODEL", reason, "a layer that the kernels serve")
+    device = torch.device("cuda", torch.cuda.current_device())
+    kind = Kind.of(device.index)
+    edges = edges_of(kind.multiprocessors)
+    found = {tactic for edge in edges for tactic in tactics.candidates(problem, edge, kind.multiprocessors)}
+    if forced is not None:
+        found = {forced, *(tiles.choose(problem, edge, kind.multiprocessors) for edge in edges)}
+    # What is paired later (tactics.crossed) is made of the same kernels.
+    print(f"compiling the kernels of {len(found)} tactics, which takes minutes the first time", file=sys.stderr, flush=True)
+    layer = Layer(problem, dtype, first, device, edges[-1], sorted(found, key=tactics.name))
+    return Machine(kind, layer.case)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar on stderr: (say what is under way, one bucket is done)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("buckets"), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what: bar.update(task, description=what), lambda: bar.advance(task)

@@ -1,0 +1,51 @@
+"""Which token counts are tuned, and which of them a call of some size belongs to."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+from ..errors import PluginError
+from . import tiles
+from .problem import MoEProblem
+
+MOST_TOKENS = 131072
+
+
+def edges(problem: MoEProblem, max_tokens: int, multiprocessors: int, sizes: Iterable[int] = (), cap: int | None = None) -> list[int]:
+    """The token counts to tune, ascending, the last one ``max_tokens``.
+
+    Every power of two up to it; ``sizes`` that calls are known to have (a server's graphs); and each count after which the heuristic
+    changes its choice, so that no bucket is coarser than the heuristic. ``cap`` is a known mistake of other tuners: nothing above it
+    is tuned, and larger calls run as if they had that many tokens (:func:`edge_of` with ``clamp``).
+    Raises PluginError (a ValueError) on counts outside 1 .. 131072, or a size above ``max_tokens``.
+    """
+    sizes = set(sizes)
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise PluginError("max_tokens", str(max_tokens), f"1 to {MOST_TOKENS}")
+    if sizes and not 1 <= min(sizes) <= max(sizes) <= max_tokens:
+        raise PluginError("sizes", ", ".join(map(str, sorted(sizes))), f"1 to max_tokens = {max_tokens}")
+    last = min(max_tokens, cap or max_tokens)
+    powers = {1 << i for i in range(last.bit_length())}
+    changes = _changes(problem, last, multiprocessors)
+    return sorted(tokens for tokens in powers | changes | sizes | {last} if tokens <= last)
+
+
+@lru_cache(64)
+def _changes(problem: MoEProblem, last: int, multiprocessors: int) -> frozenset[int]:
+    """After which counts the heuristic changes its choice."""
+    found = [tiles.choose.__wrapped__(problem, tokens, multiprocessors) for tokens in range(1, last + 1)]
+    return frozenset(tokens for tokens, (one, next_) in enumerate(pairwise(found), 1) if one != next_)
+
+
+def edge_of(edges: Sequence[int], tokens: int, clamp: bool = False) -> int | None:
+    """The tuned count that stands for a call of ``tokens`` tokens: the next one at or above it, never one below.
+
+    Above the last there is none; ``clamp`` gives the last one instead, which is the mistake that a cap makes.
+    """
+    at = bisect_left(edges, tokens)
+    if at < len(edges):
+        return edges[at]
+    return edges[-1] if clamp and edges else None
