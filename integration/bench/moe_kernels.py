@@ -15,44 +15,25 @@ import cutlass.cute as cute
 import torch
 from cutlass import Uint32
 
+from moe_backend_plugin.bench.moe import MODELS, random_checkpoint
 from moe_backend_plugin.bench.timing import LAUNCHES, Clock
 from moe_backend_plugin.kernels import compile as kernels
 from moe_backend_plugin.kernels.moe_gemm import MoeGemm, Variant
+from moe_backend_plugin.moe.problem import MoEProblem
+from moe_backend_plugin.moe.route import route_reference
 from moe_backend_plugin.nvfp4 import hopper
 
-SHAPES = {  # experts here, hidden, width, top_k, experts of the model
-    "qwen3-30b-a3b": (128, 2048, 768, 8, 128),
-    "qwen3-next-80b": (512, 2048, 512, 10, 512),
-    "deepseek-v3-ep8": (32, 7168, 2048, 8, 256),
-    "tiny": (6, 272, 144, 3, 6),
-}
+PROBLEMS = {name: model.problem for name, model in MODELS.items()} | {"tiny": MoEProblem(6, 6, 272, 144, 3)}
 
 
-def random_weights(experts: int, rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device)
-    scales = (torch.rand(experts, rows, columns // 16, device=device) * 3 + 0.05).to(torch.float8_e4m3fn)
-    return codes, scales
-
-
-def routing(tokens: int, top_k: int, experts: int, local: int, tile: int, device: str) -> dict[str, torch.Tensor]:
-    """What the routing kernel lists, made with torch."""
-    ids = torch.rand(tokens, experts, device=device).topk(top_k, dim=1).indices.flatten()
-    valid = ids < local
-    order = torch.argsort(torch.where(valid, ids, local), stable=True).int()
-    counts = torch.bincount(ids[valid], minlength=local).tolist()
-    rows, first = [], 0
-    for expert, count in enumerate(counts):
-        rows += [[expert, first + at, min(tile, count - at), 0] for at in range(0, count, tile)]
-        first += count
-    tiles = torch.tensor(rows or [[0, 0, 0, 0]], dtype=torch.int32, device=device)
-    return {
-        "ids": ids.view(tokens, top_k),
-        "order": order,
-        "tiles": tiles,
-        "counts": torch.tensor([len(rows), first, sum(c > 0 for c in counts), 0], dtype=torch.int32, device=device),
-        "pairs": first,
-        "active": sum(c > 0 for c in counts),
-    }
+def routing(problem: MoEProblem, tokens: int, tile: int, device: str) -> dict[str, torch.Tensor | int]:
+    """What the routing kernel lists."""
+    ids = torch.rand(tokens, problem.num_experts, device=device).topk(problem.top_k, dim=1).indices
+    order, _, tiles, counts = route_reference(ids, problem.num_local_experts, tile)
+    if not len(tiles):
+        tiles = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    _, pairs, active, _ = counts.tolist()
+    return {"order": order, "tiles": tiles, "counts": counts, "pairs": pairs, "active": active}
 
 
 @cute.jit
@@ -89,18 +70,16 @@ def ablate(what: str) -> None:
 
 class Case:
     def __init__(self, model: str, device: str = "cuda") -> None:
-        self.local, self.hidden, self.width, self.top_k, self.experts = SHAPES[model]
+        self.problem = p = PROBLEMS[model]
+        self.hidden, self.width, self.top_k = p.hidden, p.intermediate, p.top_k
         self.device = device
         self.padded = -(-self.width // 64) * 64
-        self.raw = {
-            "gate_up": random_weights(self.local, 2 * self.width, self.hidden, device),
-            "down": random_weights(self.local, self.hidden, self.width, device),
+        checkpoint = random_checkpoint(p, torch.device(device))
+        self.packed = {
+            "gate_up": hopper.pack(checkpoint.w13, checkpoint.w13_scale, gated=True),
+            "down": hopper.pack(checkpoint.w2, checkpoint.w2_scale, gated=False),
         }
-        self.packed = {use: hopper.pack(*raw, gated=use == "gate_up") for use, raw in self.raw.items()}
-        self.scale_2 = {
-            "gate_up": torch.rand(self.local, 2, device=device) * 0.01 + 0.001,
-            "down": torch.rand(self.local, 1, device=device) * 0.01 + 0.001,
-        }
+        self.scale_2 = {"gate_up": checkpoint.w13_scale_2, "down": checkpoint.w2_scale_2[:, None]}
         self.clock = Clock(torch.device(device))
 
     def dense(self, use: str, expert: int) -> torch.Tensor:
@@ -110,7 +89,7 @@ class Case:
 
     def run(self, variant: Variant, tokens: int, check: bool, sms: int) -> str:
         use = variant.use
-        lists = [routing(tokens, self.top_k, self.experts, self.local, variant.tile_tokens, self.device) for _ in range(LAUNCHES + 1)]
+        lists = [routing(self.problem, tokens, variant.tile_tokens, self.device) for _ in range(LAUNCHES + 1)]
         pairs = tokens * self.top_k
         rows, columns = (tokens, self.hidden) if use == "gate_up" else (pairs, self.padded)
         inputs = [torch.randn(rows, columns, device=self.device).bfloat16() for _ in range(min(LAUNCHES + 1, 3))]
@@ -158,7 +137,7 @@ class Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="qwen3-30b-a3b", choices=SHAPES)
+    parser.add_argument("--model", default="qwen3-30b-a3b", choices=PROBLEMS)
     parser.add_argument("--tokens", default="1,8,64,256")
     parser.add_argument("--variants", required=True, help="keyword arguments of Variant, variants apart by ';'")
     parser.add_argument("--uses", default="gate_up,down")
@@ -170,9 +149,9 @@ def main() -> None:
         ablate(arguments.ablate)
     # "blocks" beside the variant's own fields: thread blocks a multiprocessor.
     chosen = [eval(f"dict({text})") for text in arguments.variants.split(";")]  # noqa: S307  a developer's own command line
-    runs = []
+    problem, runs = PROBLEMS[arguments.model], []
     for use in arguments.uses.split(","):
-        columns = -(-SHAPES[arguments.model][1 if use == "gate_up" else 2] // 64)
+        columns = -(-(problem.hidden if use == "gate_up" else problem.intermediate) // 64)
         for fields in chosen:
             own = {name: value for name, value in fields.items() if name != "blocks"}
             variant = Variant(use=use, weighted=use == "down", **own)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .signatures import Call
 from .usage import Use
 from .wheels import Release
 
 RELEASES = (Release("sglang", "0.5.22", "sglang"), Release("sglang", "0.5.23", "sglang"))
 ENGINE = "sglang"
-PLUGIN = Path(__file__).parents[2] / "moe_backend_plugin"
 
 SRT = "sglang.srt"
 MOE = f"{SRT}.layers.moe"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 
 import pytest
 
 from moe_backend_plugin.engines.sglang.hooks import HOOKS, Hook
 
-from .sglang_contract import ENGINE, MODELOPT, PLUGIN, RELEASES, SIGNATURES, SRT, TEXTS, USES, VALUES, VIEWS
+from .checks import PLUGIN, check_entry_points, check_parameters, check_value, drift, names_of, per
+from .sglang_contract import ENGINE, MODELOPT, RELEASES, SIGNATURES, SRT, TEXTS, USES, VALUES, VIEWS
 from .signatures import incompatible, signature_of, without_first
-from .source import Class, Drift, Function, Module, Value
-from .test_vllm import drift, per
+from .source import Class, Drift, Function, Module
 from .usage import Plugin, PluginClass, Use
 from .wheels import Release
 
@@ -40,25 +39,13 @@ def test_symbol(source_of, release: Release, use: Use):
 @per("symbol", SIGNATURES)
 @releases
 def test_parameters(source_of, release: Release, symbol: str):
-    wanted = SIGNATURES[symbol].split()
-    try:
-        found = source_of(release).parameters(symbol)
-    except Drift as error:
-        drift(error)
-    if found[: len(wanted)] != wanted:
-        drift(f"{symbol}: {release} has the parameters {', '.join(found)}; the plugin relies on {', '.join(wanted)}")
+    check_parameters(source_of(release), release, symbol, SIGNATURES[symbol].split())
 
 
 @per("symbol", VALUES)
 @releases
 def test_value(source_of, release: Release, symbol: str):
-    try:
-        found = source_of(release).resolve(symbol)
-    except Drift as error:
-        drift(error)
-    value = ast.literal_eval(found.value) if isinstance(found, Value) and found.value is not None else found
-    if value != VALUES[symbol]:
-        drift(f"{symbol}: {release} has {value!r}; the plugin relies on {VALUES[symbol]!r}")
+    check_value(source_of(release), release, symbol, VALUES[symbol])
 
 
 @per("symbol", TEXTS)
@@ -123,18 +110,7 @@ def test_modelopt_constructor(source_of, release: Release):
 @releases
 def test_entry_point(source_of, release: Release):
     """The group that the package registers itself in is the one that SGLang loads."""
-    project = tomllib.loads((PLUGIN.parent / "pyproject.toml").read_text())["project"]
-    groups = {group for group in project["entry-points"] if group.startswith("sglang.")}
-    assert groups == {VALUES[f"{SRT}.plugins.GENERAL_PLUGINS_GROUP"]}
-    for target in project["entry-points"]["sglang.srt.plugins"].values():
-        module, _, function = target.partition(":")
-        tree = ast.parse((PLUGIN.parent / module.replace(".", "/") / "__init__.py").read_text())
-        assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body), target
-
-
-def names_of(module: str) -> dict[str, ast.expr]:
-    tree = ast.parse((PLUGIN / module).read_text())
-    return {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    check_entry_points("sglang", VALUES[f"{SRT}.plugins.GENERAL_PLUGINS_GROUP"])
 
 
 @releases

@@ -6,16 +6,14 @@ Each test is one name that the plugin uses, so that a drift reads as that name. 
 from __future__ import annotations
 
 import ast
-import tomllib
-from collections.abc import Iterable
-from typing import NoReturn
 
 import pytest
 
+from .checks import PLUGIN, check_entry_points, check_parameters, check_value, drift, names_of, per
 from .signatures import incompatible, misfit, signature_of, without_first
 from .source import Class, Drift, Function, Value
 from .usage import Plugin, PluginClass, Use
-from .vllm_contract import CALLERS, ENGINE, PLUGIN, QUANTIZATION, RELEASES, SIGNATURES, USES, VALUES, Caller
+from .vllm_contract import CALLERS, ENGINE, QUANTIZATION, RELEASES, SIGNATURES, USES, VALUES, Caller
 from .wheels import Release
 
 # The first test of a release may download its wheel.
@@ -25,14 +23,6 @@ plugin = Plugin(PLUGIN, ENGINE)
 scanned = plugin.uses()
 uses = sorted({str(use): use for use in (*USES, *scanned)}.values(), key=str)
 releases = pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.version)
-
-
-def per(name: str, items: Iterable):
-    return pytest.mark.parametrize(name, list(items), ids=str)
-
-
-def drift(message: object, where: str = "") -> NoReturn:
-    raise pytest.fail.Exception(f"{message}" + (f" (used in {where})" if where else ""), pytrace=False) from None
 
 
 @per("use", uses)
@@ -53,26 +43,13 @@ def test_symbol(source_of, release: Release, use: Use):
 @per("symbol", SIGNATURES)
 @releases
 def test_parameters(source_of, release: Release, symbol: str):
-    source = source_of(release)
-    wanted = SIGNATURES[symbol].split()
-    try:
-        found = source.parameters(symbol)
-        if found[: len(wanted)] != wanted:
-            drift(f"{symbol}: {release} has the parameters {', '.join(found)}; the plugin relies on {', '.join(wanted)}")
-    except Drift as error:
-        drift(error)
+    check_parameters(source_of(release), release, symbol, SIGNATURES[symbol].split())
 
 
 @per("symbol", VALUES)
 @releases
 def test_value(source_of, release: Release, symbol: str):
-    try:
-        found = source_of(release).resolve(symbol)
-    except Drift as error:
-        drift(error)
-    value = ast.literal_eval(found.value) if isinstance(found, Value) and found.value is not None else found
-    if value != VALUES[symbol]:
-        drift(f"{symbol}: {release} has {value!r}; the plugin relies on {VALUES[symbol]!r}")
+    check_value(source_of(release), release, symbol, VALUES[symbol])
 
 
 @per("caller", CALLERS)
@@ -135,20 +112,9 @@ def called_by_us(method: str) -> bool:
 @releases
 def test_entry_point(source_of, release: Release):
     """The group that the package registers itself in is the one that vLLM loads in every process."""
-    project = tomllib.loads((PLUGIN.parent / "pyproject.toml").read_text())["project"]
-    groups = {group for group in project["entry-points"] if group.startswith("vllm.")}
-    assert groups == {VALUES["vllm.plugins.DEFAULT_PLUGINS_GROUP"]}
-    for target in project["entry-points"]["vllm.general_plugins"].values():
-        module, _, function = target.partition(":")
-        tree = ast.parse((PLUGIN.parent / module.replace(".", "/") / "__init__.py").read_text())
-        assert any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body), target
+    check_entry_points("vllm", VALUES["vllm.plugins.DEFAULT_PLUGINS_GROUP"])
     loader = source_of(release).resolve("vllm.plugins.load_general_plugins")
     assert "load_plugins_by_group(group=DEFAULT_PLUGINS_GROUP)" in ast.unparse(loader.node)
-
-
-def names_of(module: str) -> dict[str, ast.expr]:
-    tree = ast.parse((PLUGIN / module).read_text())
-    return {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
 
 
 @releases

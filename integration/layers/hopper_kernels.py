@@ -63,7 +63,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(moe, "cuda", module, raising=False)
     # The adapter may have been imported with another one.
+    from moe_backend_plugin.engines import experts
     from moe_backend_plugin.engines.vllm import moe_cuda
 
-    monkeypatch.setattr(moe_cuda, "cuda", module)
+    for adapter in (experts, moe_cuda):
+        monkeypatch.setattr(adapter, "cuda", module)
     return kernels

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..moe import reference
 from ..moe.problem import Activation, MoEProblem
-from .shared import first_line, release
+from .shared import expert_map, first_line, release
 
 KERNELS = ("moe_gemm", "moe_route", "moe_combine")
 """The kernel families that the plugin's times are of."""
@@ -67,12 +67,8 @@ class Model:
         return MoEProblem(self.experts, self.local, self.hidden, self.intermediate, self.top_k, self.activation)
 
     def expert_map(self, device: torch.device) -> Tensor | None:
-        """int32 [experts]: local expert or -1; None where all are here."""
-        if self.ep == 1:
-            return None
-        found = torch.full((self.experts,), -1, dtype=torch.int32, device=device)
-        found[: self.local] = torch.arange(self.local, dtype=torch.int32, device=device)
-        return found
+        """As :func:`.shared.expert_map`."""
+        return expert_map(self.problem, device)
 
     def set_bytes(self, provider: str) -> int:
         """Bytes of the layer's weights in a provider's form, but for padding."""
@@ -311,23 +307,23 @@ def global_scale(columns: int) -> float:
     return 2.0 ** round(math.log2(1 / (2.9 * 190 * math.sqrt(columns))))  # root mean squares of codes and of scales
 
 
-def random_checkpoint(model: Model, device: torch.device, seed: int = 0) -> Checkpoint:
+def random_checkpoint(problem: MoEProblem, device: torch.device, seed: int = 0) -> Checkpoint:
     """Random bytes: every code, block scales of 32 to 448, and one power of two a projection that keeps outputs near 1.
 
     A power of two leaves the weights exact in bf16, so unquantised layers compute the same. Gate and up share it, as vLLM's kernels
     need.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    E = model.local
+    E = problem.num_local_experts
 
-    def projection(rows: int, columns: int) -> tuple[Tensor, Tensor, float]:
+    def projection(rows: int, columns: int) -> tuple[Tensor, Tensor]:
         codes = torch.randint(256, (E, rows, columns // 2), dtype=torch.uint8, device=device, generator=generator)
         scales = torch.randint(0x60, 0x7F, (E, rows, columns // 16), dtype=torch.uint8, device=device, generator=generator)
-        return codes, scales.view(torch.float8_e4m3fn), global_scale(columns)
+        return codes, scales.view(torch.float8_e4m3fn)
 
-    w13, w13_scale, first = projection(2 * model.intermediate, model.hidden)
-    w2, w2_scale, second = projection(model.hidden, model.intermediate)
-    return Checkpoint(w13, w13_scale, torch.full((E, 2), first, device=device), w2, w2_scale, torch.full((E,), second, device=device))
+    first = torch.full((E, 2 if problem.activation.gated else 1), global_scale(problem.hidden), device=device)
+    second = torch.full((E,), global_scale(problem.intermediate), device=device)
+    return Checkpoint(*projection(problem.w13_rows, problem.hidden), first, *projection(problem.hidden, problem.intermediate), second)
 
 
 # --- providers -----------------------------------------------------------------------------------------------------------------------
@@ -341,11 +337,11 @@ def plugin_layers(model: Model, checkpoint: Checkpoint, copies: int, max_tokens:
     from ..moe import cuda
     from ..nvfp4 import hopper
 
-    problem, expert_map = model.problem, model.expert_map(device)
+    problem, mapping = model.problem, model.expert_map(device)
     reason = cuda.unsupported_reason(problem, DTYPE)
     if reason:
         raise RuntimeError(reason)
-    cuda.prepare(problem, DTYPE, torch.int32, device, max_tokens, expert_map is not None)
+    cuda.prepare(problem, DTYPE, torch.int32, device, max_tokens, mapping is not None)
     first = cuda.Weights(
         hopper.pack(checkpoint.w13, checkpoint.w13_scale, gated=True),
         checkpoint.w13_scale_2,
@@ -355,7 +351,7 @@ def plugin_layers(model: Model, checkpoint: Checkpoint, copies: int, max_tokens:
 
     def layer(weights) -> Layer:
         def run(x: Tensor, router: Tensor, ids: Tensor, out: Tensor) -> Tensor:
-            cuda.fused_moe(x, weights, router, ids, problem, out, expert_map)
+            cuda.fused_moe(x, weights, router, ids, problem, out, mapping)
             return out
 
         return run
@@ -470,7 +466,7 @@ class Session:
     def _model(self, name: str, cells: list[Cell], reserved: float) -> list[Cell]:
         """The cells that were timed."""
         model = MODELS[name]
-        checkpoint = random_checkpoint(model, self.device)
+        checkpoint = random_checkpoint(model.problem, self.device)
         layers = self._layers(model, name, checkpoint, max(cell.tokens for cell in cells))
         done = []
         for cell in sorted(cells, key=importance, reverse=True):

@@ -18,28 +18,14 @@ from ..moe.problem import MoEProblem
 from ..moe.tiles import Choice
 from ..moe.tuner import Conditions
 from ..nvfp4 import hopper
-from .moe import RESERVE, Checkpoint, global_scale
+from .moe import RESERVE, random_checkpoint
+from .shared import expert_map
 from .timing import LAUNCHES, REPLAYS, Clock, capture
 
 ROWS_COMPARED = 1024
 """Rows of the output that the reference computes; whether all are finite, and repeat bit for bit, is looked at on all of them."""
 LONG, FEW_REPLAYS = 2048, 6
 """Calls above so many tokens are timed with two launches and fewer replays."""
-
-
-def random_checkpoint(problem: MoEProblem, device: torch.device, seed: int = 0) -> Checkpoint:
-    """As ``bench.moe.random_checkpoint``, for any activation: random codes and scales, and outputs near 1."""
-    generator = torch.Generator(device).manual_seed(seed)
-    E = problem.num_local_experts
-
-    def projection(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        codes = torch.randint(256, (E, rows, columns // 2), dtype=torch.uint8, device=device, generator=generator)
-        scales = torch.randint(0x60, 0x7F, (E, rows, columns // 16), dtype=torch.uint8, device=device, generator=generator)
-        return codes, scales.view(torch.float8_e4m3fn)
-
-    first = torch.full((E, 2 if problem.activation.gated else 1), global_scale(problem.hidden), device=device)
-    second = torch.full((E,), global_scale(problem.intermediate), device=device)
-    return Checkpoint(*projection(problem.w13_rows, problem.hidden), first, *projection(problem.hidden, problem.intermediate), second)
 
 
 class Layer:
@@ -55,12 +41,7 @@ class Layer:
             raise RuntimeError(reason)
         self.problem, self.dtype, self.first, self.device = problem, dtype, first, device
         self.clock = Clock(device)
-        self.expert_map = None
-        if problem.num_local_experts < problem.num_experts:
-            self.expert_map = torch.full((problem.num_experts,), -1, dtype=torch.int32, device=device)
-            self.expert_map[first : first + problem.num_local_experts] = torch.arange(
-                problem.num_local_experts, dtype=torch.int32, device=device
-            )
+        self.expert_map = expert_map(problem, device, first)
         self.compiled = self._prepare(max_tokens, found)
         self.checkpoint = random_checkpoint(problem, device)
         c = self.checkpoint
@@ -78,7 +59,7 @@ class Layer:
         from ..kernels.moe_gemm import Variant
 
         uses = [("gate_up", t.gate_up) for t in found] + [("down", t.down) for t in found]
-        variants = [Variant(**cuda._fields(self.problem, use, shape, self.dtype)) for use, shape in dict.fromkeys(uses)]
+        variants = [Variant(**cuda.variant_fields(self.problem, use, shape, self.dtype)) for use, shape in dict.fromkeys(uses)]
         compiled = kernels.prepare(cuda.GEMM, variants, "sm_90a")
         compiled += cuda.prepare(self.problem, self.dtype, torch.int32, self.device, max_tokens, self.expert_map is not None)
         plan = tactics.largest_plan(self.problem, max_tokens, found, self.dtype, route.scratch_ints)

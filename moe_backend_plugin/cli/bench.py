@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, print_table
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, check_files, check_gpu, command, print_table
 from moe_backend_plugin.gdn.support import HEADS_PER_GROUP
 
 app = typer.Typer(help="Time the kernels on this machine's GPU.", no_args_is_help=True, rich_markup_mode=None)
@@ -44,7 +44,7 @@ def gdn(
         providers=_names("--providers", providers, list(bench.PROVIDERS)),
         quick=quick,
     )
-    _check_files(out, plot)
+    check_files(out, "--plot", plot)
     if not bench.plan(options):
         raise InputError("bench gdn", "no case that the chosen providers serve", "another choice of --tokens, --state or --providers")
     device, stamp = _device("bench gdn")
@@ -82,7 +82,7 @@ def moe(
     )
     if not options.seconds > 0:
         raise InputError("--seconds", str(options.seconds), "more than 0")
-    _check_files(out, plot)
+    check_files(out, "--plot", plot)
     device, stamp = _device("bench moe", bench.KERNELS)
     out = out or results_folder() / f"moe_{slug(stamp['device'])}.json"
     result = _run(bench.run(options, device, say=_say), stamp, out)
@@ -121,7 +121,7 @@ def serve(
         batches=_numbers("--batch", batch, range(1, 1025)),
         layers=layers or bench.LAYERS,
     )
-    _check_files(out, None)
+    check_files(out, "--plot", None)
     device = find_device()  # the engines' processes need the memory, so this one leaves CUDA alone
     if device.kind != "cuda":
         raise InputError("bench serve", "no CUDA device", "a machine with an NVIDIA GPU")
@@ -141,14 +141,6 @@ def serve(
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _check_files(out: Path | None, plot: Path | None) -> None:
-    for name, file in (("--out", out), ("--plot", plot)):
-        if file is not None and file.is_dir():
-            raise InputError(name, f"{str(file)!r}, which is a folder", "a file's name")
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError("--plot", repr(str(plot)), "a file's name that ends in .png, .svg or .pdf")
 
 
 def _run(found: Iterable[dict[str, Any]], stamp: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -182,11 +174,7 @@ def _device(name: str, kernels: str | Sequence[str] = "gdn_decode"):
 
     from moe_backend_plugin.bench.stamp import gpu_stamp
 
-    if not torch.cuda.is_available():
-        raise InputError(name, "no CUDA device that torch can use", "a machine with an NVIDIA GPU and torch built for CUDA")
-    for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
-        if importlib.util.find_spec(module) is None:
-            raise InputError(name, f"no package with the module {module}", install)
+    check_gpu(name, "a machine with an NVIDIA GPU and torch built for CUDA")
     from moe_backend_plugin.kernels.compile import architecture_of
 
     device = torch.device("cuda", torch.cuda.current_device())

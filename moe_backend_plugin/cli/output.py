@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -94,6 +95,26 @@ def model_folder(model: Path, name: str = "MODEL") -> dict[str, Any]:
     if not any(model.glob("*.safetensors")):
         raise InputError(name, f"{str(model)!r} without *.safetensors", "a folder that holds the weights as safetensors")
     return config
+
+
+def check_files(out: Path | None, option: str, picture: Path | None) -> None:
+    """Refuse what cannot be written to: ``--out``, and the picture of ``option``. Raises InputError."""
+    for name, file in (("--out", out), (option, picture)):
+        if file is not None and file.is_dir():
+            raise InputError(name, f"{str(file)!r}, which is a folder", "a file's name")
+    if picture is not None and picture.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(option, repr(str(picture)), "a file's name that ends in .png, .svg or .pdf")
+
+
+def check_gpu(name: str, allowed: str) -> None:
+    """Refuse a machine without a GPU that torch can use, or without what the kernels and their timing need. Raises InputError."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError(name, "no CUDA device that torch can use", allowed)
+    for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(name, f"no package with the module {module}", install)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, model_folder, print_table
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, check_files, check_gpu, command, model_folder, print_table
 
 if TYPE_CHECKING:
     from moe_backend_plugin.moe.problem import MoEProblem
@@ -62,7 +62,9 @@ def tune(
         raise InputError("--bias", f"{bias!r}{'' if out else ' without --out'}", f"one of {', '.join(BIASES)}, with a file of its own")
     if not 1 <= max_tokens <= buckets.MOST_TOKENS:
         raise InputError("--max-tokens", str(max_tokens), f"1 to {buckets.MOST_TOKENS}")
-    _check_files(out, report)
+    check_files(out, "--report", report)
+    if report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--report", "no package matplotlib", 'pip install "moe-backend-plugin[bench]"')
     problem, first = _problem(model, ep, rank, tp)
     wanted = _sizes(sizes, max_tokens)
     forced = None
@@ -154,15 +156,6 @@ def _sizes(text: str | None, max_tokens: int) -> list[int]:
     return [int(name) for name in names]
 
 
-def _check_files(out: Path | None, report: Path | None) -> None:
-    if out is not None and out.is_dir():
-        raise InputError("--out", f"{str(out)!r}, which is a folder", "a file's name")
-    if report is not None and report.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError("--report", repr(str(report)), "a file's name that ends in .png, .svg or .pdf")
-    if report is not None and importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--report", "no package matplotlib", 'pip install "moe-backend-plugin[bench]"')
-
-
 def _biases(name: str | None) -> Any:
     from moe_backend_plugin.moe.tuner import Biases
 
@@ -183,14 +176,10 @@ def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[[in
     """
     import torch
 
-    if not torch.cuda.is_available():
-        raise InputError("tune", "no CUDA device that torch can use", HOPPER)
+    check_gpu("tune", HOPPER)
     capability = torch.cuda.get_device_capability()
     if capability[0] != 9:
         raise InputError("tune", f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, capability))}", HOPPER)
-    for module, install in (("cutlass", 'pip install "moe-backend-plugin[kernels]"'), ("triton", "pip install triton")):
-        if importlib.util.find_spec(module) is None:
-            raise InputError("tune", f"no package with the module {module}", install)
     from moe_backend_plugin.bench.tactics import Layer
     from moe_backend_plugin.moe import cuda, tactics, tiles
     from moe_backend_plugin.moe.tactic_cache import Kind

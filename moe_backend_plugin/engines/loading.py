@@ -12,17 +12,13 @@ from collections.abc import Callable, Iterable
 import torch
 
 from ..errors import CheckpointError
+from ..kernels.compile import name_of
 
 E4M3_NAN = 0x7F
 SCALE_ALLOWED = "finite float8_e4m3fn values >= 0"
 GLOBAL_ALLOWED = "a finite positive float32"
 WEIGHT_ALLOWED = "a uint8 tensor of packed NVFP4 values"
 MISSING = "no such tensor in the checkpoint"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.bfloat16`` as a user writes it: ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def checked(loader: Callable, where: Callable[..., str], on_load: Callable[..., None]) -> Callable:
@@ -39,7 +35,7 @@ def checked(loader: Callable, where: Callable[..., str], on_load: Callable[..., 
     @functools.wraps(loader)
     def load(param: torch.Tensor, loaded_weight: torch.Tensor, *args, **kwargs):
         if loaded_weight.dtype != param.dtype:
-            raise CheckpointError(where(*args, **kwargs), f"dtype {dtype_name(loaded_weight.dtype)}", dtype_name(param.dtype))
+            raise CheckpointError(where(*args, **kwargs), f"dtype {name_of(loaded_weight.dtype)}", name_of(param.dtype))
         result = loader(param, loaded_weight, *args, **kwargs)
         on_load(*args, **kwargs)
         return result

@@ -14,16 +14,13 @@ from itertools import product
 import torch
 
 from ..kernels import compile as kernels
+from ..kernels.compile import name_of
 from ..kernels.gdn_decode import HEAD, MAX_TOKENS, Variant
 from .support import heads_reason
 
 FAMILY = "gdn_decode"
 STATE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def unsupported_reason(

@@ -59,6 +59,11 @@ def device_architecture(index: int, allowed: tuple[str, ...] = ARCHITECTURES) ->
     return found
 
 
+def name_of(dtype: Any) -> str:
+    """A torch dtype's name, as variants have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @cache
 def source_hash(family: str) -> str:
     """SHA-256 of the family's source (16 hexadecimal digits): which kernel a stored object, or a stored figure, is of."""

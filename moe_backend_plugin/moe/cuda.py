@@ -64,11 +64,10 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> dict:
+def variant_fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> dict:
     """Of the kernel's ``Variant``."""
     gate_up = use == "gate_up"
     columns = -(-(problem.hidden if gate_up else problem.intermediate) // tiles.ROWS)
-    name = str(tokens).removeprefix("torch.")
     return {
         "use": use,
         "activation": problem.activation.kind if gate_up else "silu",
@@ -80,7 +79,7 @@ def _fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dty
         "stages": shape.stages,
         "ragged": columns % shape.stage_blocks != 0,
         "weighted": gate_up == problem.apply_router_weight_on_input,
-        "tokens": name,
+        "tokens": kernels.name_of(tokens),
         "warp_mma": shape.warp_mma,
     }
 
@@ -91,7 +90,7 @@ def variants(problem: MoEProblem, tokens: torch.dtype, max_tokens: int, multipro
 
     for choice in tactics.choices(problem, max_tokens, multiprocessors, tokens):
         for use, shape in (("gate_up", choice.gate_up), ("down", choice.down)):
-            yield Variant(**_fields(problem, use, shape, tokens))
+            yield Variant(**variant_fields(problem, use, shape, tokens))
 
 
 @cache
@@ -131,7 +130,7 @@ def arena_bytes(problem: MoEProblem, max_tokens: int, tokens: torch.dtype = torc
 def _gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> Callable:
     from ..kernels.moe_gemm import Variant
 
-    return kernels.load(GEMM, Variant(**_fields(problem, use, shape, tokens)), kernels.device_architecture(device, ARCHITECTURES))
+    return kernels.load(GEMM, Variant(**variant_fields(problem, use, shape, tokens)), kernels.device_architecture(device, ARCHITECTURES))
 
 
 class _Call(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import PluginError
 from ..kernels import compile as kernels
+from ..kernels.compile import name_of
 from .routing import local_ids
 from .workspace import max_tiles
 
@@ -113,7 +114,7 @@ def route_variants(index: torch.dtype, mapped: bool) -> Iterator:
 
     for method, threads, pairs in dict.fromkeys(route_shape(p) for p in (1, 128, 1024, ONE_BLOCK, ONE_BLOCK + 1)):
         for step in ("count", "scatter") if method == "scatter" else (method,):
-            yield Variant(method=step, index=_name(index), mapped=mapped, threads=threads, pairs=pairs)
+            yield Variant(method=step, index=name_of(index), mapped=mapped, threads=threads, pairs=pairs)
 
 
 def combine_variants(rows: torch.dtype, tokens: torch.dtype, top_k: int, splits: int = 1) -> Iterator:
@@ -121,21 +122,17 @@ def combine_variants(rows: torch.dtype, tokens: torch.dtype, top_k: int, splits:
     from ..kernels.moe_combine import Variant
 
     for threads, loads in dict.fromkeys(combine_shape(count, 256, rows.itemsize, splits) for count in (1, 1 << 20)):
-        yield Variant(rows=_name(rows), tokens=_name(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
+        yield Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------------
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @cache
 def _route_kernel(device: int, method: str, index: torch.dtype, mapped: bool, threads: int, pairs: int) -> Callable:
     from ..kernels.moe_route import Variant
 
-    variant = Variant(method=method, index=_name(index), mapped=mapped, threads=threads, pairs=pairs)
+    variant = Variant(method=method, index=name_of(index), mapped=mapped, threads=threads, pairs=pairs)
     return kernels.load(ROUTE, variant, kernels.device_architecture(device))
 
 
@@ -143,7 +140,7 @@ def _route_kernel(device: int, method: str, index: torch.dtype, mapped: bool, th
 def _combine_kernel(device: int, rows: torch.dtype, tokens: torch.dtype, top_k: int, splits: int, threads: int, loads: int) -> Callable:
     from ..kernels.moe_combine import Variant
 
-    variant = Variant(rows=_name(rows), tokens=_name(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
+    variant = Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
     return kernels.load(COMBINE, variant, kernels.device_architecture(device))
 
 

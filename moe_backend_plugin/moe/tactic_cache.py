@@ -87,7 +87,7 @@ def path_of(kind: Kind) -> Path:
 
 def describe(problem: MoEProblem, dtype: torch.dtype) -> dict[str, Any]:
     """A problem as it stands in a file."""
-    return {**asdict(problem), "tokens": str(dtype).removeprefix("torch.")}
+    return {**asdict(problem), "tokens": kernels.name_of(dtype)}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def every(problem: MoEProblem) -> tuple[Choice, ...]:
 
 def fullest(problem: MoEProblem, tokens: int) -> float:
     """Tokens of the fullest experts if routing is even: the mean, and twice its square root."""
-    mean = tokens * problem.top_k * problem.num_local_experts / problem.num_experts / tiles.active_experts(problem, tokens)
+    mean = tiles.mean_tokens(problem, tokens)
     return mean + 2 * mean**0.5
 
 
@@ -274,7 +274,7 @@ def chosen(problem: MoEProblem, tokens: int, multiprocessors: int, dtype: torch.
     return (table and table.of(tokens)) or tiles.choose(problem, tokens, multiprocessors)
 
 
-def choices(problem: MoEProblem, max_tokens: int, multiprocessors: int, dtype: torch.dtype = torch.bfloat16) -> dict[Choice, int]:
+def choices(problem: MoEProblem, max_tokens: int, multiprocessors: int, dtype: torch.dtype = torch.bfloat16) -> Mapping[Choice, int]:
     """Every tactic that calls of 1 .. ``max_tokens`` tokens can meet, with the most tokens that it serves."""
     if (problem, dtype) not in _tables:
         return tiles.choices(problem, max_tokens, multiprocessors)

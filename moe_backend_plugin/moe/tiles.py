@@ -8,14 +8,14 @@ measurements in integration/bench/NOTES.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
+from ..nvfp4.hopper import BYTES, ROWS
 from .problem import MoEProblem
 
-ROWS = 64
-"""Rows and columns of a unit of packed weights."""
-UNIT_BYTES = 2304
 SHARED_BYTES = 227 * 1024
 """Shared memory of a thread block; two blocks of a multiprocessor share it, less 1 KB each."""
 
@@ -43,7 +43,7 @@ class Shape:
     @property
     def stages(self) -> int:
         """As many as fit, 12 at most."""
-        stage = self.stage_blocks * (self.row_groups * self.row_blocks * UNIT_BYTES + self.tile_tokens * 2 * ROWS)
+        stage = self.stage_blocks * (self.row_groups * self.row_blocks * BYTES + self.tile_tokens * 2 * ROWS)
         sums = 2 * (self.k_groups - 1) * self.rows * self.tile_tokens * 4
         fixed = sums + 8 * self.tile_tokens + 2048 + (1024 if self.blocks > 1 else 0)
         return min(12, (SHARED_BYTES // self.blocks - fixed) // (stage + 16))
@@ -87,6 +87,11 @@ def active_experts(problem: MoEProblem, tokens: int) -> float:
     return problem.num_local_experts * (1 - max(0.0, 1 - problem.top_k / problem.num_experts) ** tokens)
 
 
+def mean_tokens(problem: MoEProblem, tokens: int) -> float:
+    """Tokens of an active expert, on average, if routing is even."""
+    return tokens * problem.top_k * problem.num_local_experts / problem.num_experts / active_experts(problem, tokens)
+
+
 def expected_tiles(mean: float, tile: int) -> float:
     """Tiles of an active expert, on average, if even routing gives it ``mean`` tokens: give or take their square root. After the first,
     a tile that is at most half full counts less where there is a path for it."""
@@ -104,8 +109,7 @@ def expected_tiles(mean: float, tile: int) -> float:
 @lru_cache(4096)
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
-    active = active_experts(problem, tokens)
-    mean = tokens * problem.top_k * problem.num_local_experts / problem.num_experts / active
+    active, mean = active_experts(problem, tokens), mean_tokens(problem, tokens)
     tile = min(COSTS, key=lambda tile: COSTS[tile] * expected_tiles(mean, tile)) if mean < LARGE else max(COSTS)
     if tile in TILES:
         return Choice(TILES[tile], TILES[tile])
@@ -118,9 +122,10 @@ def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     return Choice(of(problem.w13_rows, MANY), of(problem.hidden, SOME))
 
 
-def choices(problem: MoEProblem, max_tokens: int, multiprocessors: int) -> dict[Choice, int]:
+@lru_cache(64)  # a server asks for its kernels, and again for its arena
+def choices(problem: MoEProblem, max_tokens: int, multiprocessors: int) -> Mapping[Choice, int]:
     """Every choice that calls of 1 .. ``max_tokens`` tokens can meet, with the most tokens that it serves."""
     found: dict[Choice, int] = {}
     for tokens in range(1, max_tokens + 1):
         found[choose.__wrapped__(problem, tokens, multiprocessors)] = tokens
-    return found
+    return MappingProxyType(found)

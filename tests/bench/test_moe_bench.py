@@ -201,7 +201,7 @@ def test_inputs(small, kind):
 
 
 def test_random_weights_are_valid_and_keep_the_size_of_the_output(small):
-    w = moe.random_checkpoint(small, CPU)
+    w = moe.random_checkpoint(small.problem, CPU)
     assert w.w13.shape == (4, 64, 32) and w.w13_scale.shape == (4, 64, 4) and w.w13_scale_2.shape == (4, 2)
     assert w.w2.shape == (4, 64, 16) and w.w2_scale.shape == (4, 64, 2) and w.w2_scale_2.shape == (4,)
     for codes, scale, scale_2 in ((w.w13, w.w13_scale, w.w13_scale_2), (w.w2, w.w2_scale, w.w2_scale_2)):
@@ -220,7 +220,7 @@ def test_plugin_calls_fit_the_kernels_functions(monkeypatch):
     for name in ("prepare", "fused_moe"):
         monkeypatch.setattr(cuda, name, create_autospec(getattr(cuda, name), return_value=0))
     wide = Model("wide", experts=8, hidden=256, intermediate=128, top_k=2, ep=2)
-    first, second = moe.plugin_layers(wide, moe.random_checkpoint(wide, CPU), 2, 64, CPU)
+    first, second = moe.plugin_layers(wide, moe.random_checkpoint(wide.problem, CPU), 2, 64, CPU)
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
     weights, ids = moe.route(wide, 3, "balanced", torch.Generator().manual_seed(0))
     out = torch.empty_like(x)

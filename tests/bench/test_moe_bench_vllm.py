@@ -62,7 +62,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("provider", ["marlin", "triton_bf16"])
 def test_layers(engine, as_on_a_gpu, provider, model):
     """The router's choice, the expert map and the weights of this layer reach vLLM's experts; every layer has its own."""
-    checkpoint = moe.random_checkpoint(model, CPU)
+    checkpoint = moe.random_checkpoint(model.problem, CPU)
     first, second = engine.layers(provider, model, checkpoint, 2)
     x = torch.randn(5, model.hidden).bfloat16()
     router, ids = moe.route(model, 5, "balanced", torch.Generator().manual_seed(0))

@@ -69,7 +69,7 @@ def test_valid_shapes_are_variants_of_the_kernel(shape):
     if tactics.shape_reason(shape) is not None:
         return
     for use in ("gate_up", "down"):
-        variant = Variant(**cuda._fields(QWEN, use, shape, BF16))
+        variant = Variant(**cuda.variant_fields(QWEN, use, shape, BF16))
         threads = shape.row_groups * shape.k_groups * WARPGROUP + variant.producers
         assert threads <= 1024 and shape.blocks * variant.shared_bytes <= SHARED_BYTES
         assert variant.stages >= 2 and shape.rows == variant.rows

@@ -62,7 +62,7 @@ def test_every_choice_is_a_kernel_that_fits(problem, tokens, processors, dtype):
     assert choice.gate_up.tile_tokens == choice.down.tile_tokens == choice.tile_tokens
     assert choice.tile_tokens in route.TILE_TOKENS and choice.tile_tokens <= workspace.ROW_SLACK
     for use, shape in (("gate_up", choice.gate_up), ("down", choice.down)):
-        variant = Variant(**cuda._fields(problem, use, shape, dtype))
+        variant = Variant(**cuda.variant_fields(problem, use, shape, dtype))
         assert shape.blocks * (variant.shared_bytes + SYSTEM_SHARED) <= MULTIPROCESSOR_SHARED
         assert (variant.rows, variant.stage_blocks, variant.tile_tokens) == (shape.rows, shape.stage_blocks, choice.tile_tokens)
         assert variant.gated == (use == "gate_up" and problem.activation.gated)
@@ -161,7 +161,7 @@ def test_what_is_compiled_ahead_is_what_calls_launch(problem, monkeypatch):
     from moe_backend_plugin.kernels.moe_gemm import Variant
 
     def gemm(device, problem, use, shape, tokens):
-        return Variant(**cuda._fields(problem, use, shape, tokens))
+        return Variant(**cuda.variant_fields(problem, use, shape, tokens))
 
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda, "_gemm", gemm)

@@ -19,18 +19,17 @@ from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeQuan
 from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend, resolve_moe_runner_backend
 
 from ...errors import PluginError, UnsupportedLayerError
-from ...kernels import compile as kernels
-from ...moe import cuda, tactics
+from ...moe import cuda
 from ...moe.op import nvfp4_moe, nvfp4_moe_packed
 from ...moe.problem import MoEProblem
 from ...nvfp4.scheme import TensorNames
+from .. import experts
+from ..experts import INDEX
 from . import MOE_BACKEND, arguments, settings
 from .activation import activation_of
 from .weights import ExpertWeights
 
 logger = logging.getLogger("sglang.moe_backend_plugin")
-INDEX = torch.int32
-"""The type of SGLang's expert ids."""
 
 
 def register_core(module: Any) -> None:
@@ -138,12 +137,7 @@ def problem_of(config: MoeRunnerConfig, experts: int, hidden: int, intermediate:
 @cache
 def _prepare(problem: MoEProblem, tokens: torch.dtype, device: int, max_tokens: int) -> None:
     """Compile or load every kernel that layers of this problem launch, and make the arena large enough; once for all of them."""
-    kernels.use_cache_folder(settings.plugin_config().kernel_cache)
-    tactics.use(settings.plugin_config().moe.tactics)
-    if compiled := cuda.prepare(problem, tokens, INDEX, torch.device("cuda", device), max_tokens, False):
-        logger.info("Compiled %d NVFP4 MoE kernels; they are kept in %s", compiled, kernels.cache_folder())
-    mib = cuda.arena_bytes(problem, max_tokens) / 2**20
-    logger.info("NVFP4 MoE workspace, shared by all layers: %.1f MiB for calls of up to %d tokens", mib, max_tokens)
+    experts.prepare(settings.plugin_config(), problem, tokens, torch.device("cuda", device), max_tokens, False, logger.info)
 
 
 @cache

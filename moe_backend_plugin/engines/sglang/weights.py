@@ -13,12 +13,13 @@ import torch
 from torch.nn import Module, Parameter
 
 from ...errors import CheckpointError
+from ...kernels.compile import name_of
 from ...moe.problem import MoEProblem
 from ...nvfp4.format import BLOCK
 from ...nvfp4.scheme import TensorNames
 from ...nvfp4.unscaled import to_planes
 from .. import packing
-from ..loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, dtype_name, nan_filled
+from ..loading import MISSING, WEIGHT_ALLOWED, check_block_scales, check_global_scales, nan_filled
 
 PROJECTIONS = {"w1": "gate projection", "w2": "down projection", "w3": "up projection"}
 DUMMY_SCALE_2 = 2.0**-6
@@ -95,7 +96,7 @@ class ExpertWeights:
         def load(param: torch.Tensor, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int | None = None) -> None:
             if loaded_weight.dtype != param.dtype:
                 place = self._name(layer, expert_id, shard_id, suffix)
-                raise CheckpointError(place, f"dtype {dtype_name(loaded_weight.dtype)}", dtype_name(param.dtype))
+                raise CheckpointError(place, f"dtype {name_of(loaded_weight.dtype)}", name_of(param.dtype))
             # The loader of checkpoints with one tensor for all experts takes no expert.
             which = {} if expert_id is None else {"expert_id": expert_id}
             loader(param, loaded_weight, weight_name, shard_id=shard_id, **which)

@@ -23,10 +23,11 @@ from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepar
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 
 from ...errors import PluginError
-from ...kernels import compile as kernels
-from ...moe import cuda, tactics
+from ...moe import cuda
 from ...moe.op import nvfp4_moe_packed
 from ...moe.problem import MoEProblem
+from .. import experts
+from ..experts import INDEX
 from ..packing import allocate, rearrange
 from .moe import Nvfp4MoEMethod, activation_of
 from .settings import plugin_config
@@ -35,8 +36,6 @@ logger = init_logger("vllm.moe_backend_plugin")
 
 ALL2ALL = ("allgather_reducescatter", "deepep_high_throughput")
 """vLLM's ways to move tokens between ranks that hand them over as the kernels want: bf16 or fp16 rows, ids of the whole model."""
-INDEX = torch.int32
-"""The router's ids, and vLLM's expert map."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -108,10 +107,7 @@ def current_device() -> torch.device:
 @cache
 def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_tokens: int, mapped: bool) -> None:
     """Compile or load every kernel that layers of this problem launch, and make the arena large enough; once for all of them."""
-    if compiled := cuda.prepare(problem, tokens, INDEX, device, max_tokens, mapped):
-        logger.info_once("Compiled %d NVFP4 MoE kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
-    mib = cuda.arena_bytes(problem, max_tokens) / 2**20
-    logger.info_once("NVFP4 MoE workspace, shared by all layers: %.1f MiB for calls of up to %d tokens", mib, max_tokens)
+    experts.prepare(plugin_config(), problem, tokens, device, max_tokens, mapped, logger.info_once)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------------------------
@@ -176,8 +172,6 @@ class HopperMoEMethod(Nvfp4MoEMethod):
         moe = self.moe
         self.problem = problem_of(moe, use_nvfp4=self.use_nvfp4, on_input=layer.apply_router_weight_on_input)
         # Before any weight is read: a compiler that does not work should stop the server at once.
-        kernels.use_cache_folder(plugin_config().kernel_cache)
-        tactics.use(plugin_config().moe.tactics)
         prepare(self.problem, moe.in_dtype, current_device(), most_tokens(moe), layer.expert_map is not None)
         _progress.expect_layer()
 
