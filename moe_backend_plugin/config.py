@@ -43,12 +43,13 @@ class MoeConfig(_Group):
     provider: KernelProvider = Field(
         "auto",
         description="who runs the experts: this package's CuTe DSL kernels (Hopper) or torch ops (CPU), or the engine's own kernels; "
-        "auto takes this package's wherever it has any for the device",
+        "auto takes this package's wherever it has any for the device; in vLLM on Blackwell, cutedsl stands for FlashInfer's, which no "
+        "author of this package has run and which are checked against the reference when the server starts",
     )
     activations: Activations = Field(
         "auto",
-        description="precision of the tokens entering an expert matrix: bf16, nvfp4 (quantised on the fly; torch ops only), or auto (bf16 "
-        "in this release)",
+        description="precision of the tokens entering an expert matrix: bf16, nvfp4 (quantised on the fly; torch ops and FlashInfer's "
+        "kernels only), or auto (bf16 in this release; with FlashInfer's kernels nvfp4, where the checkpoint has input scales)",
     )
     tactics: Literal["cache", "heuristic"] = Field(
         "cache",

@@ -20,11 +20,13 @@ LayerKind = Literal["moe", "linear", "gdn"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
+FLASHINFER = ((10, 0), (10, 3))
+"""Compute capabilities on which FlashInfer's CuTe DSL kernels can serve NVFP4 MoE layers through this package."""
 # Layer kinds with CuTe DSL kernels of this package: the architectures these are written for, and those they have run on.
 _WRITTEN = {"moe": ("sm_90a",), "gdn": ("sm_90a", "sm_100a")}
 _RUN = {"moe": ("sm_90a",), "gdn": ("sm_90a",)}
 _GPUS = {
-    "moe": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has)",
+    "moe": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has), or in vLLM 10.0 or 10.3 with FlashInfer",
     "gdn": "a GPU of compute capability 9.0 or 10.x",
 }
 _SERVED = {"moe": "NVFP4 MoE layers", "gdn": "gated-delta-net decode"}
@@ -70,7 +72,7 @@ class Device:
 class Choice:
     """Who serves a kind of layer, why, and what this package lacks to serve it itself."""
 
-    provider: Literal["cutedsl", "torch", "engine"]
+    provider: Literal["cutedsl", "flashinfer", "torch", "engine"]
     reason: str
     missing: tuple[str, ...] = ()
 
@@ -93,9 +95,12 @@ def find_device(kind: Literal["cpu", "cuda"] | None = None, allow_cuda_init: boo
     return Device.cpu(note if Path("/dev/nvidiactl").exists() else "")
 
 
-def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig, where: str = "") -> Choice:
+def choose_provider(
+    layer_kind: LayerKind, device: Device, config: PluginConfig, where: str = "", drives_flashinfer: bool = False
+) -> Choice:
     """Which provider serves a kind of layer; ``where`` names the layer in errors.
 
+    ``drives_flashinfer``: the caller can hand NVFP4 MoE layers to FlashInfer's kernels, which then answer to "cutedsl" on Blackwell.
     Raises UnsupportedLayerError when the provider asked for does not run on the device, or ``strict`` forbids the only one left.
     """
     if layer_kind not in LAYER_KINDS:
@@ -112,6 +117,9 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
             )
         return Choice("torch", f"{layer_kind}.provider is torch")
     if asked == "cutedsl":
+        if layer_kind == "moe" and drives_flashinfer and device.capability in FLASHINFER:
+            untried = "never run by this package's authors, so checked against the reference when the server starts"
+            return Choice("flashinfer", f"moe.provider is cutedsl; on {device.arch} FlashInfer's CuTe DSL kernels, {untried}")
         if target is None:
             raise UnsupportedLayerError(
                 where or f"{name} layers",
@@ -127,6 +135,8 @@ def choose_provider(layer_kind: LayerKind, device: Device, config: PluginConfig,
     if target in _RUN.get(layer_kind, ()):
         return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {_SERVED[layer_kind]}", missing)
     reason = f"{device.arch}: this release has no {name} kernel for this device; {_engine_path(layer_kind, device)}"
+    if layer_kind == "moe" and drives_flashinfer and device.capability in FLASHINFER:
+        reason += "; moe.provider: cutedsl would take FlashInfer's CuTe DSL kernels through this package, never run by its authors"
     if config.strict:
         raise UnsupportedLayerError(
             where or f"{name} layers",

@@ -1,4 +1,4 @@
-"""What an engine says while it decodes, beside what transformers says of the same tokens: shared by gdn_text.py and moe_text.py.
+"""What an engine says while it decodes, beside what transformers says of the same tokens: shared by the scripts named ..._text.py.
 
 Prompt log-probabilities say nothing of decode kernels, since prefills compute them.  So prompts are continued by greedy tokens, and the
 log-probabilities that vLLM gave its own tokens are compared with those of transformers (float32, dequantised weights) for the same text.
@@ -92,10 +92,12 @@ def _figures(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
     }
 
 
-def measure(script: str, model: Path, runs: Sequence[dict[str, Any]], said: str) -> Iterator[dict[str, Any]]:
+def measure(
+    script: str, model: Path, runs: Sequence[dict[str, Any]], said: str, more: Callable[[dict], dict] | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each of ``runs``, whose values are the arguments of ``script --child`` for it, after the model's name.
 
-    ``said``: the line of the engine's log that says who serves the layers.
+    ``said``: the line of the engine's log that says who serves the layers. ``more``: further columns, from what the child handed back.
     """
     from moe_backend_plugin.verify import dequantize_checkpoint
 
@@ -111,6 +113,7 @@ def measure(script: str, model: Path, runs: Sequence[dict[str, Any]], said: str)
                 **run,
                 **compare(found, reference),
                 "texts_as_first_run": sum(a == b for a, b in zip(found["texts"], first, strict=True)),
+                **(more(found) if more else {}),
                 "served_by": served[0].split("served by: ")[-1] if served else None,
             }
 

@@ -1,4 +1,4 @@
-"""Minutes of mixed load on a server, with aborts, and no answer changed: shared by gdn_load.py and moe_load.py.
+"""Minutes of mixed load on a server, with aborts, and no answer changed: shared by gdn_load.py, moe_load.py and sglang_load.py.
 
 128 prompts of 16 to 800 tokens are first answered one at a time.  Then every client asks for them in random order: one request in five
 is given up in mid-stream, every other answer must be the one from the start, or part from it where two tokens were all but tied
@@ -17,9 +17,11 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "integration/bench"))
@@ -62,42 +64,90 @@ def start(model: Path, settings: dict, log: Path, *further: str) -> subprocess.P
     raise SystemExit(f"the server did not answer\n{log.read_text(errors='replace')[-6000:]}")
 
 
-class Load:
-    """The requests and what became of them."""
+def stop(server: subprocess.Popen) -> None:
+    """Ask a server to end, and end it where it does not."""
+    server.terminate()
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
-    def __init__(self, client, prompts: list[list[int]], lengths: list[int]) -> None:
-        self.client, self.prompts, self.lengths = client, prompts, lengths
-        self.alone: list = []
-        self.done = self.tokens = self.aborted = self.equal = 0
-        self.ties: list[tuple[int, int, float]] = []
-        self.wrong: list[tuple[int, int, float]] = []
-        self.errors: list[str] = []
 
-    def ask(self, i: int, **options):
+@dataclass(frozen=True)
+class Answer:
+    """Tokens, the log-probabilities of the likeliest tokens at each of their positions, and the prompt's tokens that a cache had."""
+
+    tokens: list
+    tops: list[dict]
+    cached: int = 0
+
+
+class Client(Protocol):
+    """One server, greedy requests: :class:`OpenAI`, or sglang_load.py's."""
+
+    async def answer(self, prompt: Sequence[int], tokens: int) -> Answer: ...
+
+    async def give_up(self, prompt: Sequence[int], tokens: int, after: int) -> None: ...
+
+
+class OpenAI:
+    """vLLM's server, by the OpenAI client."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls):
+        import openai
+
+        yield cls(openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0, timeout=300))
+
+    def _ask(self, prompt: Sequence[int], tokens: int, **options):
         extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
-        return self.client.completions.create(
-            model="m", prompt=self.prompts[i], max_tokens=self.lengths[i], temperature=0, logprobs=5, extra_body=extra, **options
+        return self._client.completions.create(
+            model="m", prompt=prompt, max_tokens=tokens, temperature=0, logprobs=5, extra_body=extra, **options
         )
 
-    async def one(self, i: int) -> None:
-        answer = (await self.ask(i)).choices[0].logprobs
-        self.done += 1
-        self.tokens += len(answer.tokens)
-        alone = self.alone[i]
-        for position, (a, b) in enumerate(zip(alone.tokens, answer.tokens, strict=True)):
-            if a != b:
-                gap = alone.top_logprobs[position][a] - alone.top_logprobs[position].get(b, float("-inf"))
-                (self.ties if gap < NOISE else self.wrong).append((i, position, gap))
-                return
-        self.equal += 1
+    async def answer(self, prompt: Sequence[int], tokens: int) -> Answer:
+        found = (await self._ask(prompt, tokens)).choices[0].logprobs
+        return Answer(found.tokens, found.top_logprobs)
 
-    async def abort(self, i: int, after: int) -> None:
-        stream = await self.ask(i, stream=True)
+    async def give_up(self, prompt: Sequence[int], tokens: int, after: int) -> None:
+        stream = await self._ask(prompt, tokens, stream=True)
         async for _ in stream:
             after -= 1
             if after < 0:
                 break
         await stream.close()
+
+
+class Load:
+    """The requests and what became of them."""
+
+    def __init__(self, client: Client, prompts: list[list[int]], lengths: list[int]) -> None:
+        self.client, self.prompts, self.lengths = client, prompts, lengths
+        self.alone: list[Answer] = []
+        self.done = self.tokens = self.aborted = self.equal = self.cached = 0
+        self.ties: list[tuple[int, int, float]] = []
+        self.wrong: list[tuple[int, int, float]] = []
+        self.errors: list[str] = []
+
+    async def one(self, i: int) -> None:
+        answer, alone = await self.client.answer(self.prompts[i], self.lengths[i]), self.alone[i]
+        self.done += 1
+        self.tokens += len(answer.tokens)
+        self.cached += answer.cached
+        for position, (a, b) in enumerate(zip(alone.tokens, answer.tokens, strict=True)):
+            if a != b:
+                gap = alone.tops[position][a] - alone.tops[position].get(b, float("-inf"))
+                (self.ties if gap < NOISE else self.wrong).append((i, position, gap))
+                return
+        self.equal += 1
+
+    async def abort(self, i: int, after: int) -> None:
+        await self.client.give_up(self.prompts[i], self.lengths[i], after)
         self.aborted += 1
 
     async def worker(self, seed: int, until: float) -> None:
@@ -110,37 +160,50 @@ class Load:
                 self.errors.append(f"{type(error).__name__}: {error}"[:300])
 
 
-async def run(model: Path, minutes: float, clients: int) -> Load:
+async def run(model: Path, minutes: float, clients: int, connect: Callable[[], AbstractAsyncContextManager[Client]]) -> Load:
     """The prompts alone, then all clients for so many minutes."""
-    import openai
-
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
     dice = random.Random(0)
     texts = windows(load_tokenizer(model), standard_library("verification"), 800, 128, per_file=1)
     prompts = [text[: dice.randrange(16, 800)] for text in texts]
     lengths = [dice.randrange(16, 160) for _ in prompts]
-    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0, timeout=300)
-    load = Load(client, prompts, lengths)
-    for i in range(len(prompts)):
-        load.alone.append((await load.ask(i)).choices[0].logprobs)
-    until = time.monotonic() + 60 * minutes
-    await asyncio.gather(*(load.worker(seed, until) for seed in range(clients)))
+    async with connect() as client:
+        load = Load(client, prompts, lengths)
+        for prompt, length in zip(prompts, lengths, strict=True):
+            load.alone.append(await client.answer(prompt, length))
+        until = time.monotonic() + 60 * minutes
+        await asyncio.gather(*(load.worker(seed, until) for seed in range(clients)))
     return load
 
 
 def measure(
     arguments: argparse.Namespace, model: Path, cell: dict[str, Any], settings: dict, further: Sequence[str], command: str, kernel: Any
 ) -> None:
-    """Serve ``model``, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went wrong."""
-    server = start(model, settings, arguments.log, *further)
+    """Serve ``model`` in vLLM, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went
+    wrong."""
+    record(arguments, model, cell, lambda: start(model, settings, arguments.log, *further), OpenAI.connect, command, kernel)
+
+
+def record(
+    arguments: argparse.Namespace,
+    model: Path,
+    cell: dict[str, Any],
+    serve: Callable[[], subprocess.Popen],
+    connect: Callable[[], AbstractAsyncContextManager[Client]],
+    command: str,
+    kernel: Any,
+    cached: bool = False,
+) -> None:
+    """:func:`measure` for any engine: ``serve()`` starts its server. ``cached``: its clients count tokens that came from a cache, and
+    none at all is an error."""
+    server = serve()
     try:
-        load = asyncio.run(run(model, arguments.minutes, arguments.clients))
+        load = asyncio.run(run(model, arguments.minutes, arguments.clients, connect))
         alive = server.poll() is None
     finally:
-        server.terminate()
-        server.wait(60)
-    served = [line for line in arguments.log.read_text(errors="replace").splitlines() if "layers are served by: " in line]
+        stop(server)
+    served = [line for line in arguments.log.read_text(errors="replace").splitlines() if " served by: " in line]
     row = {
         "model": model.name,
         **cell,
@@ -152,6 +215,7 @@ def measure(
         "changed": len(load.wrong),
         "aborted": load.aborted,
         "errors": len(load.errors),
+        **({"cached_tokens": load.cached} if cached else {}),
         "output_tok_s": round(load.tokens / (60 * arguments.minutes)),
         "served_by": sorted({line.split("] ")[-1] for line in served}),
     }
@@ -159,4 +223,4 @@ def measure(
     for (prompt, position, gap), count in Counter((i, at, round(gap, 3)) for i, at, gap in load.wrong).most_common():
         print(f"prompt {prompt} of {len(load.prompts[prompt])} tokens changes at token {position}: preferred by {gap}, {count} times")
     arguments.out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
-    raise SystemExit(not alive or bool(load.errors or load.wrong))
+    raise SystemExit(not alive or bool(load.errors or load.wrong) or (cached and not load.cached))

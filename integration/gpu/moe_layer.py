@@ -1,6 +1,6 @@
 """On a Hopper GPU: vLLM's MoE layer on this package's kernels, from a checkpoint's tensors to replayed CUDA graphs.
 
-    python integration/gpu/moe_layer.py [--experts 128 --top-k 8 --hidden 2048 --width 768 --layers 4]
+    python integration/gpu/moe_layer.py [--format compressed-tensors] [--activation relu2] [--experts 128 --top-k 8 ...]
 
 Builds the layers as vLLM does, loads random tensors, and holds what they compute to the float32 reference; then whether a graph replayed on
 other routings gives the bits of eager calls, and what loading took: memory beyond the weights, seconds a billion weights, and what
@@ -18,16 +18,29 @@ from contextlib import contextmanager
 
 import torch
 
-SCHEME = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}}
+_BITS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+_GROUP = {"targets": ["Linear"], "format": "nvfp4-pack-quantized", "weights": {**_BITS, "dynamic": False}}
+SCHEMES = {
+    "modelopt": {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}},
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {**_GROUP, "input_activations": {**_BITS, "dynamic": "local"}}},
+        "ignore": ["lm_head"],
+    },
+}
+NAMES = {"silu": ("gate_proj", "up_proj"), "relu2": ("up_proj",)}
+"""The matrices beside down_proj."""
 TOKENS = (1, 2, 7, 64, 300, 2048)
 BOUND = 4e-3
 """Norm of the error over the norm, against float32; the output's own rounding to bf16 is half of it."""
 
 
 def tensors(options: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
-    """Names and random NVFP4 tensors of one layer: weights of about unit size over the square root of their columns."""
+    """ModelOpt's names and random NVFP4 tensors of one layer: weights of about unit size over the square root of their columns."""
     random = torch.Generator("cuda").manual_seed(seed)
-    shapes = {"gate_proj": (options.width, options.hidden), "up_proj": (options.width, options.hidden)}
+    shapes = {name: (options.width, options.hidden) for name in NAMES[options.activation]}
     shapes["down_proj"] = (options.hidden, options.width)
     found = {}
     for expert in range(options.experts):
@@ -44,17 +57,35 @@ def tensors(options: argparse.Namespace, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
+def named(options: argparse.Namespace, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same numbers in the names and the convention of the format."""
+    if options.format == "modelopt":
+        return found
+    renamed = {}
+    for name, tensor in found.items():
+        if name.endswith(("_scale_2", "input_scale")):
+            name, tensor = (
+                name.replace("weight_scale_2", "weight_global_scale").replace("input_scale", "input_global_scale"),
+                1 / tensor[None],
+            )
+        renamed[f"{name}_packed" if name.endswith(".weight") else name] = tensor
+    return renamed
+
+
 def stacked(options: argparse.Namespace, found: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The arguments of ``reference.fused_moe``."""
 
     def of(name: str, suffix: str) -> torch.Tensor:
-        every = [found[f"{expert}.{name}_proj.{suffix}"] for expert in range(options.experts)]
+        every = [found[f"{expert}.{name}.{suffix}"] for expert in range(options.experts)]
         return torch.stack([t.view(torch.uint8) if suffix == "weight_scale" else t for t in every])
 
-    w13, s13 = (torch.cat([of("gate", suffix), of("up", suffix)], 1) for suffix in ("weight", "weight_scale"))
-    scale_2 = torch.stack([of("gate", "weight_scale_2"), of("up", "weight_scale_2")], 1)
-    e4m3 = torch.float8_e4m3fn
-    return w13, s13.view(e4m3), scale_2, of("down", "weight"), of("down", "weight_scale").view(e4m3), of("down", "weight_scale_2")
+    first = NAMES[options.activation]
+    w13, s13 = (torch.cat([of(name, suffix) for name in first], 1) for suffix in ("weight", "weight_scale"))
+    scale_2 = torch.stack([of(name, "weight_scale_2") for name in first], 1)
+    if options.format == "compressed-tensors":  # what a reciprocal there and back gives
+        scale_2 = 1 / (1 / scale_2)
+    e4m3, down = torch.float8_e4m3fn, "down_proj"
+    return w13, s13.view(e4m3), scale_2, of(down, "weight"), of(down, "weight_scale").view(e4m3), of(down, "weight_scale_2")
 
 
 @contextmanager
@@ -81,10 +112,12 @@ def engine():
 
 
 def build(options: argparse.Namespace, index: int):
-    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory, activation_without_mul
 
     from moe_backend_plugin.engines.vllm.quantization import Nvfp4CuteDslConfig
 
+    # As vLLM's models with such experts (Nemotron-H) build them.
+    ungated = {"activation": activation_without_mul("relu2"), "ckpt_names": ("up_proj", "down_proj", None)}
     with torch.device("cuda"):
         return FusedMoEFactory(
             num_experts=options.experts,
@@ -93,8 +126,9 @@ def build(options: argparse.Namespace, index: int):
             intermediate_size=options.width,
             params_dtype=torch.bfloat16,
             renormalize=True,
-            quant_config=Nvfp4CuteDslConfig.from_config(SCHEME),
+            quant_config=Nvfp4CuteDslConfig.from_config(SCHEMES[options.format]),
             prefix=f"model.layers.{index}.mlp.experts",
+            **(ungated if options.activation == "relu2" else {}),
         )
 
 
@@ -108,6 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("experts", 128), ("top-k", 8), ("hidden", 2048), ("width", 768), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--format", choices=SCHEMES, default="modelopt")
+    parser.add_argument("--activation", choices=NAMES, default="silu")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     torch.cuda.set_device(0)
@@ -121,14 +157,14 @@ def main() -> None:
         runners = [build(options, index) for index in range(options.layers)]
         checkpoint = tensors(options, 0)
         for index, runner in enumerate(runners):
-            list(runner.routed_experts.load_weights((checkpoint if index == 0 else tensors(options, index)).items()))
+            list(runner.routed_experts.load_weights(named(options, checkpoint if index == 0 else tensors(options, index)).items()))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
         for runner in runners:
             runner.routed_experts.quant_method.process_weights_after_loading(runner.routed_experts)
         torch.cuda.synchronize()
-        weights = 3 * options.experts * options.hidden * options.width
+        weights = (1 + len(NAMES[options.activation])) * options.experts * options.hidden * options.width
         layer_bytes = sum(p.nbytes for p in runners[0].routed_experts.parameters())
         report["load"] = {
             "seconds_per_billion_weights": (time.perf_counter() - start) / (weights * options.layers / 1e9),

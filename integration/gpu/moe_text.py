@@ -1,16 +1,18 @@
 """On a GPU: what pycoder-moe and pycoder-next say is what transformers says of the same tokens.
 
-    python integration/gpu/moe_text.py [--models pycoder-moe-nvfp4 ...] [--providers plugin vllm] [--out FILE]
+    python integration/gpu/moe_text.py [--models pycoder-moe-nvfp4 ...] [--providers plugin vllm] [--texts FILE] [--out FILE]
 
 64 prompts of 256 tokens are continued by 256 greedy tokens (decoded_text.py says how they are compared), so that prefills (16,384 tokens
 in a call) and decodes (64 tokens in a call, through CUDA graphs) are both looked at, with this package's expert kernels and with vLLM's
 Marlin.  Stores one row a run; exits 1 where the perplexity of prompts or of decoded tokens differs by more than 0.5 % from
-transformers' on the dequantised weights, or a layer was served by another provider than the one asked for.
+transformers' on the dequantised weights, or a layer was served by another provider than the one asked for.  ``--texts``: store the first
+provider's prompts and tokens too, for sglang_text.py, which runs in another environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--providers", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=RESULTS / "moe_text_h200.json")
+    parser.add_argument("--texts", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -35,13 +38,22 @@ def main() -> None:
         hand_back(generate(MODELS / model, 256, SETTINGS[provider], True, max_num_batched_tokens=16384, **ENGINE[provider]))
         return
     runs = [{"provider": provider} for provider in arguments.providers]
-    rows = chain.from_iterable(measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by") for name in arguments.models)
+    texts: dict[str, dict] = {}
+
+    def rows(name: str):
+        def keep(found: dict) -> dict:
+            if arguments.texts and name not in texts:
+                texts[name] = {"prompts": found["prompts"], "texts": found["texts"]}
+                arguments.texts.write_text(json.dumps(texts) + "\n")
+            return {}
+
+        return measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by", more=keep)
 
     def within(row: dict) -> bool:
         wanted = SETTINGS[row["provider"]]["moe"]["provider"]
         return same_perplexity(row) and (row["served_by"] or "").startswith(wanted)
 
-    record(rows, arguments.out, "python integration/gpu/moe_text.py", KERNELS, within)
+    record(chain.from_iterable(map(rows, arguments.models)), arguments.out, "python integration/gpu/moe_text.py", KERNELS, within)
 
 
 if __name__ == "__main__":

@@ -27,3 +27,19 @@ def test_each_engine_has_the_settings_it_started_with(vllm_config, tmp_path: Pat
         assert not plugin_config().strict and plugin_config().checkpoint_check == "full"
     with set_current_vllm_config(strict):
         assert plugin_config().strict
+
+
+def test_one_file_serves_both_engines(vllm_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's side makes of a file is what SGLang's makes of it; integration/sglang_cpu serves with the same one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from moe_backend_plugin.engines.sglang import settings as sglang
+    from moe_backend_plugin.engines.vllm import settings as vllm
+
+    file = tmp_path / "plugin.yaml"
+    example = (Path(__file__).resolve().parents[2] / "deploy/moe-backend-plugin.yaml").read_text()
+    file.write_text(example.replace("strict: false", "strict: true").replace("tactics: cache", "tactics: heuristic"))
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_CONFIG", str(file))
+    with set_current_vllm_config(VllmConfig()):
+        ours, theirs = vllm.plugin_config(), sglang.plugin_config.__wrapped__()  # unlike vLLM's, cached for a process
+    assert ours == theirs and ours.strict and ours.moe.tactics == "heuristic"

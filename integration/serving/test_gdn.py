@@ -27,19 +27,18 @@ def count_same(ours: list[Answer], theirs: list[Answer], noise: float = NOISE) -
 
 
 def test_512_tokens_as_vllms_own_path(engines: EngineHost, next_model: Path) -> None:
-    """32 texts of 512 tokens are those of vLLM's own path, or part from them where two tokens were all but tied.
+    """Of 32 texts of 512 tokens at least 30 are those of vLLM's own path, letter by letter.
 
-    A wrong state would part them where vLLM was sure of its token, too.  Letters alone are no measure here: vLLM's kernel
-    rounds the step size to bfloat16 after every operation and this package does not, and vLLM against itself keeps 26 of
-    these texts when only the CPU features it may use change.  Logits are fp32 on both sides, so that a tie is one of the
+    On a CPU the op rounds as vLLM's kernel does; 64 of 64 texts were equal when this was written.  Where another machine's BLAS
+    adds in another order, a few texts may part at ties, so those that part must do so where vLLM had two tokens all but tied: a
+    wrong state would part them where it was sure of its token, too.  Logits are fp32 on both sides, so that a tie is one of the
     model and not of bfloat16; the bound is half a step of what bfloat16 logits would have.
     """
     prompts = python_prompts(32)
     fp32_logits = {"hf_overrides": {"head_dtype": "float32"}}
     ours, theirs = (engines.generate(next_model, prompts, 512, additional_config=settings(p), **fp32_logits) for p in ("torch", "engine"))
-    assert count_same(ours, theirs, noise=0.03) >= 30
-    # Ties are rare enough that most texts must be the same to the last token.
-    assert sum(a.text == b.text for a, b in zip(ours, theirs, strict=True)) >= 22
+    assert count_same(ours, theirs, noise=0.03) == len(prompts)
+    assert sum(a.text == b.text for a, b in zip(ours, theirs, strict=True)) >= 30
 
 
 def test_settings_choose_the_path(engines: EngineHost, next_model: Path) -> None:
@@ -60,8 +59,11 @@ def test_ngram_speculation_keeps_the_text(engines: EngineHost, next_model: Path)
     assert count_same(drafted, plain) == len(prompts)
 
 
-# Relative to a state's or an output's size. States are fp32 and differ by 1e-7 where no input was rounded another way; outputs are bf16.
-NOISE_OF_STATES, NOISE_OF_OUTPUTS = 2**-10, 2**-8
+# Norms of differences, relative to what is expected; see gdn_watch. States are fp32, outputs of a call are bf16.
+BOUNDS = {"state_error": 2**-18, "out_error": 2**-8, "conv_error": 2**-7}
+# A convolved value may be the next bf16. From fp32 in everything a state may differ by three roundings of the step size to bf16,
+# and by one of the inputs: 2**-9 each.
+BOUNDS["fp32_error"] = 4 * 2**-9
 
 
 @pytest.mark.parametrize("drafts", [False, True], ids=["decode", "drafts"])
@@ -77,4 +79,4 @@ def test_states_in_vllms_pool_are_the_references(drafts: bool, engines: EngineHo
     if drafts:
         assert seen["rows_with_drafts"] > 200 and seen["rows_after_accepted_drafts"] > 50, seen
     assert seen["foreign"] == []
-    assert seen["state_error"] < NOISE_OF_STATES and seen["out_error"] < NOISE_OF_OUTPUTS, seen
+    assert all(seen[name] < bound for name, bound in BOUNDS.items()), seen

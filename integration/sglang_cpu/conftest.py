@@ -1,24 +1,31 @@
-"""The real SGLang on a CPU, without a server: resolved arguments are published once for all tests of a process."""
+"""The real SGLang on a CPU: resolved arguments are published once for all tests of a process; servers are processes of their own."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
-REASON = "SGLang is not installed in this environment (pip install 'moe-backend-plugin[sglang]')"
+REASON = "SGLang is not installed in this environment: `make test-sglang` makes one that has it"
 
 
 @pytest.fixture(scope="session")
 def sglang():
-    """SGLang with this package registered in it, as its plugin loader does."""
-    found = pytest.importorskip("sglang.srt.server_args", reason=REASON)
+    """SGLang with every plugin that is installed, by its own loader: this package, and those that SGLang depends on."""
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip(REASON)
+    # One that is installed and cannot be imported is a failure.
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    from sglang.srt import server_args
+
     from moe_backend_plugin.engines.sglang import register
 
-    register()
     register()  # every process of SGLang may call it more than once
-    return found
+    return server_args
 
 
 @pytest.fixture(scope="session")

@@ -194,7 +194,6 @@ class Provider:
     prepare: inputs -> launch; imports what it needs and raises where it cannot serve.
     max_tokens: most tokens a row; 1 for kernels without speculative rows. states: the pools' types it takes.
     norm: the output is RMSNorm(o) * weight * silu(gate). apart: takes q, k and v apart (made before the timing).
-    layouts: "VK", and "KV" if some release keeps a head's matrix transposed: the comparison takes the one that fits.
     compiles_each_shape: compiles for each batch size, so that the default grid leaves most of them out.
     """
 
@@ -203,7 +202,6 @@ class Provider:
     states: tuple[str, ...] = tuple(STATES)
     norm: bool = False
     apart: bool = False
-    layouts: tuple[str, ...] = ("VK",)
     compiles_each_shape: bool = False
 
 
@@ -312,10 +310,7 @@ def _flashinfer(x: Inputs) -> Launch:
 
 
 def _sglang(x: Inputs) -> Launch:
-    try:  # the module moved in 2026
-        from sglang.kernels.ops.attention.cutedsl_gdn import cutedsl_fused_sigmoid_gating_delta_rule_update as cutedsl_update
-    except ImportError:
-        from sglang.jit_kernel.cutedsl_gdn import cutedsl_fused_sigmoid_gating_delta_rule_update as cutedsl_update
+    from sglang.kernels.ops.attention.cutedsl_gdn import cutedsl_fused_sigmoid_gating_delta_rule_update as cutedsl_update
 
     qkv = x.qkv_apart
 
@@ -338,7 +333,7 @@ PROVIDERS = {
     "vllm-cuda": Provider(_vllm_cuda, max_tokens=8, norm=True),
     "triton+norm": Provider(_triton_norm, norm=True),
     "flashinfer": Provider(_flashinfer, apart=True, compiles_each_shape=True),
-    "sglang-cutedsl": Provider(_sglang, states=("float32",), apart=True, layouts=("VK", "KV"), compiles_each_shape=True),
+    "sglang-cutedsl": Provider(_sglang, states=("float32",), apart=True, compiles_each_shape=True),
 }
 
 
@@ -352,25 +347,19 @@ ROWS_COMPARED = 8
 
 def wrong(x: Inputs, launch: Launch, provider: Provider) -> str | None:
     """Run call 0 and compare the output and the states of some rows with the reference; what is wrong, or None."""
-    reasons = []
     rows = torch.linspace(0, x.case.B - 1, min(x.case.B, ROWS_COMPARED), device=x.device).long()
     table, start = x.table[0].long(), x.accepted[0].long() - 1
     before = x.pool[table[rows, start[rows]]].double()
     x.out[0].fill_(float("nan"))
     out = launch(0).view(x.case.B, x.case.T, x.case.HV, HEAD)[rows].double()
     written = x.pool[table[rows]] if x.case.pool == "single" else x.write_pool[x.write[0].long()[rows]].unsqueeze(1)
-    for layout in provider.layouts:
-        expected_out, expected = _expected(x, rows, before if layout == "VK" else before.transpose(-1, -2), provider.norm)
-        found = written.double() if layout == "VK" else written.double().transpose(-1, -2)
-        errors = {"output": (out, expected_out, OUT_BOUND), "states": (found, expected, STATE_BOUNDS[x.case.state])}
-        if x.case.intermediates:
-            errors["intermediates"] = (x.intermediate[0][rows].double(), expected, STATE_BOUNDS[x.case.state])
-        errors = {what: (float((got - want).norm() / want.norm()), bound) for what, (got, want, bound) in errors.items()}
-        bad = [f"{what} {error:.1e} (bound {bound:.0e})" for what, (error, bound) in errors.items() if not error <= bound]
-        if not bad:
-            return None
-        reasons.append(f"relative error of {', '.join(bad)}")
-    return "; ".join(reasons)
+    expected_out, expected = _expected(x, rows, before, provider.norm)
+    errors = {"output": (out, expected_out, OUT_BOUND), "states": (written.double(), expected, STATE_BOUNDS[x.case.state])}
+    if x.case.intermediates:
+        errors["intermediates"] = (x.intermediate[0][rows].double(), expected, STATE_BOUNDS[x.case.state])
+    errors = {what: (float((got - want).norm() / want.norm()), bound) for what, (got, want, bound) in errors.items()}
+    bad = [f"{what} {error:.1e} (bound {bound:.0e})" for what, (error, bound) in errors.items() if not error <= bound]
+    return f"relative error of {', '.join(bad)}" if bad else None
 
 
 def _expected(x: Inputs, rows: torch.Tensor, before: torch.Tensor, norm: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -434,7 +434,7 @@ class Session:
     def __init__(self, options: Options, result: dict[str, Any], clock, device: torch.device, say: Callable, deadline: float) -> None:
         self.options, self.result, self.clock, self.device, self.say, self.deadline = options, result, clock, device, say, deadline
         self.seen: set[Cell] = set()
-        # One stream for warm-ups and captures: a workspace belongs to the stream of the calls that use it.
+        # One stream for warm-ups and captures: an engine's workspace may belong to the stream of the calls that use it.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._engine = None
         self._spent = self._estimated = 0.0

@@ -1,22 +1,25 @@
-"""``moe-backend bench serve``: a whole model in vLLM's offline engine, once for each provider of its expert layers.
+"""``moe-backend bench serve``: a whole model in an engine's offline class, once for each provider of its expert layers.
 
 The model has Qwen3-30B-A3B's shape as ModelOpt quantises it (NVFP4 everywhere but embeddings, routers and output) and random weights that
-are valid NVFP4, so that routing spreads over the experts. Its tensors go through the engine's own loading, under a load format that this
-module registers; nothing but a config.json is on the disk. Each provider runs in a process of its own: this module, as a script.
+are valid NVFP4, so that routing spreads over the experts. Its tensors go through the engine's own loading; nothing but a config.json is on
+the disk. Each provider runs in a process of its own: :mod:`.serve_vllm` or :mod:`.serve_sglang`, as a script.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor
 from .moe import KERNELS as KERNELS
 from .moe import global_scale
 
-LOAD_FORMAT = "nvfp4_random"
+ENGINES = ("vllm", "sglang")
 MODEL = "qwen3-30b-a3b"
 BATCHES = (1, 8, 32, 128, 256)
 PROMPT, NEW = 32, 128
@@ -60,29 +63,35 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# By name: the kernels must not give way to vLLM's.
-PLUGIN = {"quantization": "nvfp4_cutedsl", "additional_config": {"moe_backend_plugin": {"moe": {"provider": "cutedsl"}}}}
-PROVIDERS: dict[str, dict[str, Any]] = {
-    "plugin": PLUGIN,
-    "marlin": {"quantization": "modelopt_fp4", "moe_backend": "marlin"},
-    "humming": {"quantization": "modelopt_fp4", "moe_backend": "humming"},
-}
-"""Arguments of vLLM's LLM class for each provider."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None is the default."""
+    """What the user asked for; None is the default.
 
+    ``settings``: further arguments of the engine, by name.
+    """
+
+    engine: str = "vllm"
     providers: tuple[str, ...] | None = None
     batches: tuple[int, ...] | None = None
     layers: int = LAYERS
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def child_of(engine: str) -> ModuleType:
+    """The module that serves with an engine of :data:`ENGINES`; imports no engine.
+
+    It has ``PROVIDERS``, ``engine_arguments(provider, batches)``, ``serve(arguments, config, batches, folder)`` and ``SAID``:
+    patterns of what its log says about who runs the experts.
+    """
+    return import_module(f".serve_{engine}", __package__)
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
     """Serve with one provider after the other; yields the growing result {"ceilings", "rows", "errors"} after each."""
     result: dict[str, Any] = {"ceilings": {}, "rows": [], "errors": []}
-    for provider in options.providers or PROVIDERS:
+    for provider in options.providers or child_of(options.engine).PROVIDERS:
         found = _in_a_child(provider, options)
         if "error" in found:
             result["errors"].append({"model": MODEL, "provider": provider, **found})
@@ -97,45 +106,41 @@ def run(options: Options, say: Callable[[str], None] = print) -> Iterator[dict[s
 def _in_a_child(provider: str, options: Options) -> dict[str, Any]:
     """{"rows"} of a provider, or {"error"} with the end of what its process printed."""
     with tempfile.TemporaryDirectory() as folder:
-        work = {"provider": provider, "batches": options.batches or BATCHES, "layers": options.layers, "folder": folder}
-        command = [sys.executable, "-m", "moe_backend_plugin.bench.serve", json.dumps(work)]
+        work = {"provider": provider, "batches": options.batches or BATCHES, "layers": options.layers, "settings": {**options.settings}}
+        command = [sys.executable, "-m", child_of(options.engine).__name__, json.dumps({**work, "folder": folder})]
         done = subprocess.run(command, capture_output=True, text=True)
         file = Path(folder) / "rows.json"
         if done.returncode or not file.exists():
             return {"error": f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()[-4000:]}"}
         rows = json.loads(file.read_text())
-    said = served_by(done.stdout + done.stderr)
+    said = served_by(done.stdout + done.stderr, child_of(options.engine).SAID)
     return {"rows": [{**row, "served_by": said} for row in rows]}
 
 
-def served_by(log: str) -> str | None:
-    """What the engine said about who runs the experts."""
-    for line in log.splitlines():
-        if "NVFP4 moe layers are served by: " in line:
-            return line.split("served by: ")[-1].strip()
-        if "NvFp4 MoE backend out of" in line:
-            return line.split("Using ")[-1].split(" out of")[0]
-    return None
+def served_by(log: str, said: Sequence[str]) -> str | None:
+    """What the engine said about who runs the experts: the group of the first pattern of ``said`` that the log has."""
+    found = (re.search(pattern, log) for pattern in said)
+    return next((match[1].strip() for match in found if match), None)
 
 
 # --- in the child --------------------------------------------------------------------------------------------------------------------
 
 
-def serve(engine: Mapping[str, Any], config: dict[str, Any], batches: list[int], folder: Path) -> list[dict[str, Any]]:
-    """Rows of one provider; ``engine`` are further arguments of the LLM class, ``folder`` takes the config.json."""
-    from vllm import LLM, SamplingParams
-
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    """The model's config.json, as ModelOpt leaves it."""
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization(config)}))
-    llm = LLM(str(folder), load_format=LOAD_FORMAT, skip_tokenizer_init=True, enable_prefix_caching=False, **engine)
+
+
+def measure(generate: Callable[[list[list[int]], int], Any], config: Mapping[str, Any], batches: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of one provider. ``generate(prompts, new)``: continue all of these token ids at once, each by ``new`` tokens, and wait."""
 
     def seconds(batch: int, length: int, new: int) -> float:
         dice = random.Random(batch)
-        prompts = [{"prompt_token_ids": [dice.randrange(3, config["vocab_size"]) for _ in range(length)]} for _ in range(batch)]
-        sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+        prompts = [[dice.randrange(3, config["vocab_size"]) for _ in range(length)] for _ in range(batch)]
         times = []
         for _ in range(WARM_UPS + RUNS):
             begin = time.perf_counter()
-            llm.generate(prompts, sampling, use_tqdm=False)
+            generate(prompts, new)
             times.append(time.perf_counter() - begin)
         return statistics.median(times[WARM_UPS:])
 
@@ -146,18 +151,6 @@ def serve(engine: Mapping[str, Any], config: dict[str, Any], batches: list[int],
     prompt = min(PREFILL, config["max_position_embeddings"] - NEW)
     rows.append({"batch": PREFILL_BATCH, "prefill_tok_s": round(PREFILL_BATCH * prompt / seconds(PREFILL_BATCH, prompt, 1), 1)})
     return rows
-
-
-def engine_arguments(provider: str, batches: list[int]) -> dict[str, Any]:
-    """Of the LLM class on a GPU: decode through CUDA graphs of the batches that are timed, no torch.compile."""
-    return {
-        "max_model_len": PREFILL + NEW,
-        "max_num_seqs": max(*batches, PREFILL_BATCH),
-        "max_num_batched_tokens": BATCHED_TOKENS,
-        "gpu_memory_utilization": 0.85,
-        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*batches})},
-        **PROVIDERS[provider],
-    }
 
 
 def quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,37 +215,12 @@ def tensors(config: Mapping[str, Any], device: torch.device) -> Iterator[tuple[s
     yield "lm_head.weight", bf16(config["vocab_size"], hidden)
 
 
-def register() -> None:
-    """Make LOAD_FORMAT known to vLLM in this process, and let this package take a folder that holds no weights."""
-    from vllm.model_executor.model_loader import BaseModelLoader, register_model_loader
-    from vllm.platforms import current_platform
-
-    from ..engines.vllm import configs
-    from ..engines.vllm import register as register_plugin
-
-    register_plugin()  # a checkout need not be installed
-    configs.check_checkpoint = lambda *_, **__: None
-
-    @register_model_loader(LOAD_FORMAT)
-    class RandomLoader(BaseModelLoader):
-        def download_model(self, model_config: Any) -> None:
-            pass
-
-        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            config = json.loads((Path(model_config.model) / "config.json").read_text())
-            model.load_weights(tensors(config, torch.device(current_platform.device_type)))
-
-
-def main(work: str) -> None:
-    wanted = json.loads(work)
+def main(engine: str, work: str) -> None:
+    """In a child: serve with one provider and leave its rows in the folder."""
+    child, wanted = child_of(engine), json.loads(work)
     config = {**CONFIG, "num_hidden_layers": wanted["layers"]}
     folder = Path(wanted["folder"])
-    rows = serve(engine_arguments(wanted["provider"], wanted["batches"]), config, wanted["batches"], folder)
+    write_config(config, folder)
+    arguments = {**child.engine_arguments(wanted["provider"], wanted["batches"]), **wanted["settings"]}
+    rows = child.serve(arguments, config, wanted["batches"], folder)
     (folder / "rows.json").write_text(json.dumps(rows))
-
-
-# vLLM's engine runs in a child of its own, which is forked, or imports this module again.
-if __name__ in ("__main__", "__mp_main__"):
-    register()
-if __name__ == "__main__":
-    main(sys.argv[1])

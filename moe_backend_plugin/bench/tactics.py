@@ -56,10 +56,8 @@ class Layer:
         self.sets = [packed, *(cuda.Weights(*(part.clone() for part in packed)) for _ in range(copies - 1))]
 
     def _prepare(self, max_tokens: int, found: Sequence[Choice]) -> int:
-        from ..kernels.moe_gemm import Variant
-
-        uses = [("gate_up", t.gate_up) for t in found] + [("down", t.down) for t in found]
-        variants = [Variant(**cuda.variant_fields(self.problem, use, shape, self.dtype)) for use, shape in dict.fromkeys(uses)]
+        ids = cuda.Ids(mapped=self.expert_map is not None)
+        variants = dict.fromkeys(variant for tactic in found for variant in cuda.variants_of(self.problem, self.dtype, tactic, ids))
         compiled = kernels.prepare(cuda.GEMM, variants, "sm_90a")
         compiled += cuda.prepare(self.problem, self.dtype, torch.int32, self.device, max_tokens, self.expert_map is not None)
         plan = tactics.largest_plan(self.problem, max_tokens, found, self.dtype, route.scratch_ints)

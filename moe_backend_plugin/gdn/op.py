@@ -26,8 +26,8 @@ _CONV = (
 
 # FRAGMENT: other modules of the package define operators in the same namespace.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-LIBRARY.define("gdn_decode" + _DECODE + ") -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-LIBRARY.define("gdn_decode_out" + _DECODE + ", Tensor(c!) out) -> ()", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define("gdn_decode" + _DECODE + ", bool as_vllm=False) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.define("gdn_decode_out" + _DECODE + ", Tensor(c!) out, bool as_vllm=False) -> ()", tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.define("gdn_conv_update" + _CONV + ") -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
@@ -35,9 +35,10 @@ def _new_out(mixed_qkv: torch.Tensor, pool: torch.Tensor) -> torch.Tensor:
     return mixed_qkv.new_empty(mixed_qkv.shape[0], pool.shape[1], pool.shape[2])
 
 
-def _decode_cpu(mixed_qkv, a, b, A_log, dt_bias, pool, *rest):
+def _decode_cpu(mixed_qkv, a, b, A_log, dt_bias, pool, read, write, cu_seqlens, intermediate, begin, end, update_state, as_vllm=False):
     out = _new_out(mixed_qkv, pool)
-    cpu.gdn_decode_out(mixed_qkv, a, b, A_log, dt_bias, pool, *rest, out)
+    args = (mixed_qkv, a, b, A_log, dt_bias, pool, read, write, cu_seqlens, intermediate, begin, end, update_state)
+    cpu.gdn_decode_out(*args, out, as_vllm)
     return out
 
 
@@ -69,6 +70,7 @@ def gdn_decode(
     intermediate: torch.Tensor | None = None,
     update_state: bool = True,
     out: torch.Tensor | None = None,
+    as_vllm: bool = False,
 ) -> torch.Tensor:
     """Decode packed tokens and update the pool in place; returns out [tokens, HV, V] in mixed_qkv's dtype.
 
@@ -76,14 +78,16 @@ def gdn_decode(
     A_log, dt_bias: [HV]. pool: [slots, HV, V, K] as the engine declares it; fp32, bf16 or fp16; any stride between slots.
     HQ follows from the shapes. ``slots.cu_seqlens`` says which tokens belong to which row; without it row i is token i.
     intermediate: [B >= rows, T, HV, V, K], a batch-scoped buffer. out: written instead of a new tensor.
+    as_vllm: with the rounding of vLLM's own CPU kernel, for equal texts there: the step size in the inputs' type, 1e-5 in the
+    norm of q and k, and its order of sums.
 
     Tokens of null rows, and tokens of no row, get zeros. Otherwise as ``reference.gdn_decode``.
     """
     store = slots.pool.view(pool)
     args = (mixed_qkv, a, b, A_log, dt_bias, store, slots.read, slots.write, slots.cu_seqlens, intermediate)
     if out is None:
-        return _ops.gdn_decode(*args, slots.live_begin, slots.live_end, update_state)
-    _ops.gdn_decode_out(*args, slots.live_begin, slots.live_end, update_state, out)
+        return _ops.gdn_decode(*args, slots.live_begin, slots.live_end, update_state, as_vllm)
+    _ops.gdn_decode_out(*args, slots.live_begin, slots.live_end, update_state, out, as_vllm)
     return out
 
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from .slots import Slots
 
 L2_EPS = 1e-6
+VLLM_L2_EPS = 1e-5
+"""vLLM 0.32's CPU kernel for decode has this; its kernel for prefill has 1e-6, as everything else."""
 SOFTPLUS_THRESHOLD = 20.0
 
 
@@ -27,9 +29,14 @@ def gates(a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.
     return torch.exp(-torch.exp(A_log.to(dtype)) * rate), torch.sigmoid(b.to(dtype))
 
 
-def l2_normalize(x: torch.Tensor) -> torch.Tensor:
-    """x / sqrt(sum x^2 + 1e-6) over the last dimension: the engines add eps under the root."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
+def vllm_step_size(b: torch.Tensor) -> torch.Tensor:
+    """sigmoid(b) as vLLM's CPU kernel for decode has it: computed in b's dtype, and rounded to it after each of three steps."""
+    return (1 + b.neg().exp()).reciprocal()
+
+
+def l2_normalize(x: torch.Tensor, eps: float = L2_EPS) -> torch.Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension: the engines add eps under the root."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
 
 
 def delta_rule_step(S, q, k, v, g, beta):
@@ -54,6 +61,7 @@ def gdn_decode(
     intermediate: torch.Tensor | None = None,
     update_state: bool = True,
     compute_dtype: torch.dtype = torch.float32,
+    as_vllm: bool = False,
 ) -> torch.Tensor:
     """Decode T tokens of each of n rows and update the pool; returns out [n, T, HV, V] in v's dtype.
 
@@ -61,7 +69,8 @@ def gdn_decode(
     A_log, dt_bias: [HV]. pool: [slots, HV, V, K] as the engine declares it (``slots.pool`` says how it is stored), fp32,
     bf16 or fp16, any stride between slots. lengths: int [n], tokens of ragged rows (default: ``slots.lengths``, else T);
     output past a row's length is zero. intermediate: [B >= n, T, HV, V, K]: the state after token t of row i goes to
-    [i, t], by batch row and never by slot. update_state=False leaves the pool as it is.
+    [i, t], by batch row and never by slot. update_state=False leaves the pool as it is. as_vllm: with the step size and the
+    eps of vLLM's own CPU kernel; all else in ``compute_dtype``.
 
     Null read slots: zero output, nothing touched. Read slots that are not written keep every bit, and so do all slots of
     other requests.
@@ -77,10 +86,13 @@ def gdn_decode(
     rows = (slots.is_live(slots.read) & (lengths > 0)).nonzero().flatten()
     lengths = lengths[rows]
 
-    q, k = (l2_normalize(x[rows].to(compute_dtype)).repeat_interleave(HV // HQ, dim=2) for x in (q, k))
+    eps = VLLM_L2_EPS if as_vllm else L2_EPS
+    q, k = (l2_normalize(x[rows].to(compute_dtype), eps).repeat_interleave(HV // HQ, dim=2) for x in (q, k))
     q = q * K**-0.5
     v = v[rows].to(compute_dtype)
     g, beta = gates(a[rows], b[rows], A_log, dt_bias, compute_dtype)
+    if as_vllm:
+        beta = vllm_step_size(b[rows]).to(compute_dtype)
     S = store[slots.read[rows]].to(compute_dtype)
 
     for t in range(T):

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -66,8 +67,16 @@ def name_of(dtype: Any) -> str:
 
 @cache
 def source_hash(family: str) -> str:
-    """SHA-256 of the family's source (16 hexadecimal digits): which kernel a stored object, or a stored figure, is of."""
-    return hashlib.sha256((Path(__file__).parent / f"{family}.py").read_bytes()).hexdigest()[:16]
+    """SHA-256 of the source (16 hexadecimal digits) of the family and of what it imports from this package: which kernel a stored
+    object, or a stored figure, is of."""
+    found: dict[str, bytes] = {}
+    wanted = [family]
+    while wanted:
+        name = wanted.pop(0)
+        if name not in found:
+            found[name] = (Path(__file__).parent / f"{name}.py").read_bytes()
+            wanted += [imported.decode() for imported in re.findall(rb"^from \.(\w+) import", found[name], re.MULTILINE)]
+    return hashlib.sha256(b"".join(found.values())).hexdigest()[:16]
 
 
 def use_cache_folder(path: str) -> None:

@@ -3,7 +3,6 @@
 The rows are in sorted order (by expert), already multiplied by the router weight; ``position`` says where a pair's row is, -1 where
 no local expert answered. A block serves a range of columns of one token. A thread holds 16 bytes of a row, and has the loads of
 many rows on their way before it adds the first; sums are fp32, in a fixed order, so results repeat bit for bit.
-With split-K there are several partial rows for a pair, in planes of their own; they are added up first, in the order of the planes.
 """
 
 from __future__ import annotations
@@ -13,11 +12,10 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64
 
 TYPES = {"float32": cutlass.Float32, "bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 MAX_TOP_K = 32
-MAX_SPLITS = 16
 
 
 @dataclass(frozen=True)
@@ -25,23 +23,20 @@ class Variant:
     """What is fixed when the kernel is compiled.
 
     rows, tokens: element types of the pairs' rows ("float32", "bfloat16", "float16") and of the output ("bfloat16", "float16").
-    top_k: slots of a token. splits: partial rows of a pair; more than one only as fp32.
+    top_k: slots of a token.
     threads: threads of a block; loads: the most 16-byte loads that a thread has on their way.
     """
 
     rows: str = "bfloat16"
     tokens: str = "bfloat16"
     top_k: int = 8
-    splits: int = 1
     threads: int = 128
     loads: int = 8
 
     def __post_init__(self) -> None:
-        for name, allowed in (("top_k", range(1, MAX_TOP_K + 1)), ("splits", range(1, MAX_SPLITS + 1)), ("loads", range(1, 33))):
+        for name, allowed in (("top_k", range(1, MAX_TOP_K + 1)), ("loads", range(1, 33))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: found {getattr(self, name)}, allowed 1..{allowed[-1]}")
-        if self.splits > 1 and self.rows != "float32":
-            raise ValueError(f"rows: found {self.rows} in {self.splits} splits, allowed float32")
         if self.threads % 32 or not 32 <= self.threads <= 1024:
             raise ValueError(f"threads: found {self.threads}, allowed multiples of 32 up to 1024")
 
@@ -54,12 +49,12 @@ class MoECombine:
         self.rows = TYPES[variant.rows]
         self.tokens = TYPES[variant.tokens]
         self.vec = 128 // self.rows.width  # columns of a thread
-        self.together = max(1, min(variant.top_k, variant.loads // variant.splits))  # slots whose loads are on their way at once
+        self.together = max(1, min(variant.top_k, variant.loads))  # slots whose loads are on their way at once
 
     @cute.jit
     def __call__(
         self,
-        y: cute.Tensor,  # [>= P, H], or [splits, >= P, H]
+        y: cute.Tensor,  # [>= P, H]
         position: cute.Tensor,  # [>= M k]
         out: cute.Tensor,  # [M, H]
         stream: cuda.CUstream,
@@ -74,7 +69,7 @@ class MoECombine:
     @cute.kernel
     def kernel(self, y: cute.Tensor, position: cute.Tensor, out: cute.Tensor):
         cute.arch.griddepcontrol_launch_dependents()
-        vec, k, splits = self.vec, self.variant.top_k, self.variant.splits
+        vec, k = self.vec, self.variant.top_k
         thread = cute.arch.thread_idx()[0]
         token, part, _ = cute.arch.block_idx()
         column = (part * self.variant.threads + thread) * vec
@@ -87,23 +82,17 @@ class MoECombine:
             total.fill(0.0)
             for first in cutlass.range_constexpr(0, k, self.together):
                 slots = min(self.together, k - first)
-                raw = cute.make_rmem_tensor((vec, splits, slots), self.rows)
+                raw = cute.make_rmem_tensor((vec, slots), self.rows)
                 raw.fill(0.0)
                 for slot in cutlass.range_constexpr(slots):
                     # The same answer for the whole block. Few loads become predicated, four or more stay behind a branch; loads
-                    # predicated one by one would let the compiler add the first planes before it asks for the last.
+                    # predicated one by one would let the compiler add the first rows before it asks for the last.
                     if places[first + slot] >= 0:
-                        row = Int64(places[first + slot]) * y.stride[0 if const_expr(splits == 1) else 1] + column
-                        for split in cutlass.range_constexpr(splits):
-                            start = row + Int64(split) * y.stride[0] if const_expr(split > 0) else row
-                            source = cute.make_tensor(self.pointer(y, start, 16), cute.make_layout(vec))
-                            cute.autovec_copy(source, raw[None, split, slot])
+                        row = Int64(places[first + slot]) * y.stride[0] + column
+                        cute.autovec_copy(cute.make_tensor(self.pointer(y, row, 16), cute.make_layout(vec)), raw[None, slot])
                 for slot in cutlass.range_constexpr(slots):
                     value = cute.make_rmem_tensor(vec, Float32)
-                    value.store(raw[None, 0, slot].load().to(Float32))
-                    for split in cutlass.range_constexpr(1, splits):
-                        for n in cutlass.range_constexpr(vec):
-                            value[n] += raw[n, split, slot]
+                    value.store(raw[None, slot].load().to(Float32))
                     for n in cutlass.range_constexpr(vec):
                         total[n] += value[n]
             converted = cute.make_rmem_tensor(vec, self.tokens)
@@ -129,7 +118,7 @@ def fake_arguments(variant: Variant) -> list:
         return cute.runtime.make_fake_tensor(kind, tuple(cute.sym_int() for _ in range(rank)), (*strides, 1), assumed_align=16)
 
     return [
-        fake(variant.rows, 2 if variant.splits == 1 else 3),
+        fake(variant.rows, 2),
         cute.runtime.make_fake_tensor(Int32, (cute.sym_int(),), (1,), assumed_align=16),
         fake(variant.tokens, 2),
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),

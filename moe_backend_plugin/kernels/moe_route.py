@@ -24,13 +24,15 @@ from dataclasses import dataclass
 import cuda.bindings.driver as cuda
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64, const_expr
+from cutlass import Boolean, Int32, const_expr
 
 MAX_EXPERTS = 1024
 """Local experts; expert numbers have ``EXPERT_BITS`` bits."""
 EXPERT_BITS = 10
 METHODS = ("ballot", "block", "count", "scatter")
 TYPES = {"int32": cutlass.Int32, "int64": cutlass.Int64}
+SORT_BARRIER = 5
+"""Of the threads that sort, which in another kernel are not all of a block."""
 LOW = 0xFFFF
 """The half of a packed word that counts pairs; tiles are in the other half."""
 
@@ -146,12 +148,35 @@ class MoERoute:
         reciprocal: Int32,
         thread: Int32,
     ):
+        shared = None
+        if const_expr(self.warps > 1):
+            shared = cutlass.memory.SmemAllocator().allocate_tensor(Int32, cute.make_layout((self.warps, 2)), byte_alignment=16)
+        cute.arch.griddepcontrol_wait()
+        self.sort(ids, expert_map, order, position, tiles, counts, pairs, experts, tile_tokens, reciprocal, thread, shared, Boolean(True))
+
+    @cute.jit
+    def sort(
+        self,
+        ids: cute.Tensor,
+        expert_map: cute.Tensor | None,
+        order: cute.Tensor,
+        position: cute.Tensor,
+        tiles: cute.Tensor,
+        counts: cute.Tensor,
+        pairs: Int32,
+        experts: Int32,
+        tile_tokens: Int32,
+        reciprocal: Int32,
+        thread: Int32,
+        shared: cute.Tensor | None,
+        record: Boolean,
+    ):
+        """The lists, in global or in shared memory, by the first ``threads`` threads of a block; ``position`` only if ``record``.
+
+        shared: shared memory, int32 [warps, 2], where there are several warps.
+        """
         W = self.warps
         lane, warp = thread % 32, thread // 32
-        shared = None
-        if const_expr(W > 1):
-            shared = cutlass.memory.SmemAllocator().allocate_tensor(Int32, cute.make_layout((W, 2)), byte_alignment=16)
-        cute.arch.griddepcontrol_wait()
         keys = self.load_experts(ids, expert_map, lane, 32, W, pairs, experts)
         own = keys[0]
         for w in cutlass.range_constexpr(1, W):
@@ -189,7 +214,7 @@ class MoERoute:
             if lane == 0:
                 shared[warp, 0] = tile_starts[0]
                 shared[warp, 1] = active[0]
-            cute.arch.barrier()
+            cute.arch.barrier(barrier_id=SORT_BARRIER, number_of_threads=self.variant.threads)
             cute.autovec_copy(shared[None, 0], tile_starts)
             cute.autovec_copy(shared[None, 1], active)
 
@@ -198,7 +223,8 @@ class MoERoute:
             if answered:
                 place = first + rank
                 order[place] = thread
-            position[thread] = place
+            if record:
+                position[thread] = place
         if starts:
             row = Int32(0)
             for w in cutlass.range_constexpr(W):
@@ -470,9 +496,7 @@ class MoERoute:
     @cute.jit
     def store_four(self, target: cute.Tensor, row: Int32, values: cute.Tensor):
         """Four words, as row ``row`` of ``target``."""
-        address = (target.iterator + Int64(row) * 4).toint()
-        pointer = cute.make_ptr(Int32, address, cute.AddressSpace.gmem, assumed_align=16)
-        cute.autovec_copy(values, cute.make_tensor(pointer, cute.make_layout(4)))
+        cute.autovec_copy(values, cute.make_tensor((target.iterator + row * 4).align(16), cute.make_layout(4)))
 
 
 KERNEL = MoERoute

@@ -1,7 +1,7 @@
 """One NVFP4 MoE layer on a Hopper GPU: routing, gate and up with the activation, down, and the sum over a token's experts.
 
-Four launches (five from 4097 pairs on), each set up while the one before it still runs. The calls here are the steady state of a
-server: no allocation, no synchronisation, no question to the device; all that lies between the launches is in the arena.
+Four launches (three up to 128 pairs, five from 4097 on), each set up while the one before it still runs. The calls here are the steady
+state of a server: no allocation, no synchronisation, no question to the device; all that lies between the launches is in the arena.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ GEMM = "moe_gemm"
 ARCHITECTURES = ("sm_90a",)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
 HIDDEN, WIDTH = range(256, 16385), range(16, 8193)
+FEW_PAIRS = 32, 128
+"""Up to so many pairs the expert kernels sort for themselves: in every block of both, which costs less than a launch."""
 EVERY_STREAM = 0
 """Key of the arena: an engine runs the layers of a device one after another, whichever of its streams is current."""
 
@@ -37,6 +39,16 @@ class Weights(NamedTuple):
     w13_scale_2: Tensor
     w2: Tensor
     w2_scale_2: Tensor
+
+
+class Ids(NamedTuple):
+    """How calls name their experts: dtype of the ids, and whether an expert map comes with them."""
+
+    index: torch.dtype = torch.int32
+    mapped: bool = False
+
+
+IDS = Ids()
 
 
 def unsupported_reason(problem: MoEProblem, tokens: torch.dtype) -> str | None:
@@ -64,8 +76,15 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def variant_fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> dict:
-    """Of the kernel's ``Variant``."""
+def sorted_pairs(choice: tiles.Choice, pairs: int) -> int:
+    """The most pairs that kernels which sort for themselves are made for, in a call of ``pairs``; 0 where a kernel in front sorts."""
+    if choice.tile_tokens != tiles.FEW.tile_tokens:
+        return 0
+    return next((most for most in FEW_PAIRS if pairs <= most), 0)
+
+
+def variant_fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype, pairs: int = 0, ids: Ids = IDS) -> dict:
+    """Of the kernel's ``Variant``; ``pairs`` as :func:`sorted_pairs` says, ``ids`` only matters then."""
     gate_up = use == "gate_up"
     columns = -(-(problem.hidden if gate_up else problem.intermediate) // tiles.ROWS)
     return {
@@ -77,20 +96,41 @@ def variant_fields(problem: MoEProblem, use: str, shape: tiles.Shape, tokens: to
         "row_blocks": shape.row_blocks,
         "k_blocks": shape.k_blocks,
         "stages": shape.stages,
+        "short": shape.short,
+        "limited": gate_up and problem.activation.gated and problem.activation.limit is not None,
         "ragged": columns % shape.stage_blocks != 0,
         "weighted": gate_up == problem.apply_router_weight_on_input,
         "tokens": kernels.name_of(tokens),
         "warp_mma": shape.warp_mma,
+        **({"pairs": pairs, "index": kernels.name_of(ids.index), "mapped": ids.mapped} if pairs else {}),
     }
 
 
-def variants(problem: MoEProblem, tokens: torch.dtype, max_tokens: int, multiprocessors: int) -> Iterator:
-    """Every expert kernel that calls of up to ``max_tokens`` tokens can launch."""
+def variants(problem: MoEProblem, tokens: torch.dtype, max_tokens: int, multiprocessors: int, ids: Ids = IDS) -> Iterator:
+    """Every expert kernel that calls of up to ``max_tokens`` tokens can launch, once each."""
     from ..kernels.moe_gemm import Variant
 
-    for choice in tactics.choices(problem, max_tokens, multiprocessors, tokens):
-        for use, shape in (("gate_up", choice.gate_up), ("down", choice.down)):
-            yield Variant(**variant_fields(problem, use, shape, tokens))
+    few = min(max_tokens, FEW_PAIRS[-1] // problem.top_k)
+    met = [(tactics.chosen(problem, count, multiprocessors, tokens), count) for count in range(1, few + 1)]
+    met += [(choice, last) for choice, last in tactics.choices(problem, max_tokens, multiprocessors, tokens).items() if last > few]
+    for fields in dict.fromkeys(use for choice, count in met for use in _uses(problem, choice, count)):
+        yield Variant(**variant_fields(problem, *fields[:2], tokens, fields[2], ids))
+
+
+def variants_of(problem: MoEProblem, tokens: torch.dtype, choice: tiles.Choice, ids: Ids = IDS) -> Iterator:
+    """Every expert kernel that :func:`fused_moe` can launch with this ``choice``, once each."""
+    from ..kernels.moe_gemm import Variant
+
+    counts = (*(pairs // problem.top_k for pairs in FEW_PAIRS), FEW_PAIRS[-1] + 1)
+    for use, shape, pairs in dict.fromkeys(use for count in counts for use in _uses(problem, choice, count)):
+        yield Variant(**variant_fields(problem, use, shape, tokens, pairs, ids))
+
+
+def _uses(problem: MoEProblem, choice: tiles.Choice, tokens: int) -> Iterator[tuple[str, tiles.Shape, int]]:
+    """(use, shape, pairs that it sorts) of both kernels of a call."""
+    pairs = sorted_pairs(choice, tokens * problem.top_k)
+    yield "gate_up", choice.gate_up, pairs
+    yield "down", choice.down, pairs
 
 
 @cache
@@ -103,7 +143,8 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device
     architecture = kernels.device_architecture(device.index or 0, ARCHITECTURES)
     if tactics.load(problem, tokens, device.index or 0):
         forget_choices()
-    compiled = kernels.prepare(GEMM, variants(problem, tokens, max_tokens, _multiprocessors(device.index or 0)), architecture)
+    needed = variants(problem, tokens, max_tokens, _multiprocessors(device.index or 0), Ids(index, mapped))
+    compiled = kernels.prepare(GEMM, needed, architecture)
     compiled += kernels.prepare(route.ROUTE, route.route_variants(index, mapped), architecture)
     compiled += kernels.prepare(route.COMBINE, route.combine_variants(tokens, tokens, problem.top_k), architecture)
     workspace.Arena.get(device, _largest(problem, max_tokens, tokens, _multiprocessors(device.index or 0)).bytes, EVERY_STREAM)
@@ -127,10 +168,11 @@ def arena_bytes(problem: MoEProblem, max_tokens: int, tokens: torch.dtype = torc
 
 
 @cache
-def _gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype) -> Callable:
+def _gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype, pairs: int, ids: Ids) -> Callable:
     from ..kernels.moe_gemm import Variant
 
-    return kernels.load(GEMM, Variant(**variant_fields(problem, use, shape, tokens)), kernels.device_architecture(device, ARCHITECTURES))
+    variant = Variant(**variant_fields(problem, use, shape, tokens, pairs, ids))
+    return kernels.load(GEMM, variant, kernels.device_architecture(device, ARCHITECTURES))
 
 
 class _Call(NamedTuple):
@@ -138,6 +180,7 @@ class _Call(NamedTuple):
 
     plan: workspace.Plan
     tile_tokens: int
+    sorts: bool
     gate_up: Callable
     down: Callable
     gate_up_blocks: int
@@ -145,11 +188,13 @@ class _Call(NamedTuple):
 
 
 @lru_cache(4096)
-def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, choice: tiles.Choice | None = None) -> _Call:
+def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, ids: Ids, choice: tiles.Choice | None = None) -> _Call:
     multiprocessors = _multiprocessors(device)
     choice = choice or tactics.chosen(problem, tokens, multiprocessors, dtype)
     plan = workspace.plan(problem, tokens, workspace.Call(choice.tile_tokens, y=dtype), dtype, route.scratch_ints)
     token_tiles = workspace.max_tiles(tokens * problem.top_k, problem.num_local_experts, choice.tile_tokens)
+
+    pairs = sorted_pairs(choice, tokens * problem.top_k)
 
     def blocks(shape: tiles.Shape, rows: int) -> int:
         return min(multiprocessors * shape.blocks, token_tiles * -(-rows // shape.rows))
@@ -157,8 +202,9 @@ def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, cho
     return _Call(
         plan,
         choice.tile_tokens,
-        _gemm(device, problem, "gate_up", choice.gate_up, dtype),
-        _gemm(device, problem, "down", choice.down, dtype),
+        pairs > 0,
+        _gemm(device, problem, "gate_up", choice.gate_up, dtype, pairs, ids),
+        _gemm(device, problem, "down", choice.down, dtype, pairs, ids),
         blocks(choice.gate_up, problem.w13_rows),
         blocks(choice.down, problem.hidden),
     )
@@ -194,24 +240,30 @@ def fused_moe(
     if tokens == 0:
         return
     device, activation = x.device, problem.activation
-    call = _call(device.index, problem, tokens, x.dtype, choice)
+    call = _call(device.index, problem, tokens, x.dtype, Ids(topk_ids.dtype, expert_map is not None), choice)
     memory = workspace.Arena.get(device, call.plan.bytes, EVERY_STREAM).views(call.plan)
-    order, lists, counts = memory["order"], memory["tiles"], memory["counts"]
-    route.route(
-        *(topk_ids, problem.num_local_experts, call.tile_tokens, order, memory["position"], lists, counts),
-        expert_map=expert_map,
-        scratch=memory["scratch"],
-    )
+    position = memory["position"]
+    if call.sorts:
+        route.check(topk_ids, expert_map)
+        lists = None, None, None, topk_ids, expert_map, position
+    else:
+        order, listed, counts = memory["order"], memory["tiles"], memory["counts"]
+        route.route(
+            *(topk_ids, problem.num_local_experts, call.tile_tokens, order, position, listed, counts),
+            expert_map=expert_map,
+            scratch=memory["scratch"],
+        )
+        lists = order, listed, counts, None, None, None
     router = topk_weights.view(-1)
     on_input = problem.apply_router_weight_on_input
     limit = math.inf if activation.limit is None else activation.limit
     h, y = memory["h"], memory["y"]
     call.gate_up(
-        *(x, weights.w13, weights.w13_scale_2, router if on_input else None, order, lists, counts, h),
+        *(x, weights.w13, weights.w13_scale_2, router if on_input else None, *lists, h),
         *(problem.top_k, activation.alpha, activation.beta, limit, call.gate_up_blocks),
     )
     call.down(
-        *(h, weights.w2, weights.w2_scale_2.view(-1, 1), None if on_input else router, order, lists, counts, y),
+        *(h, weights.w2, weights.w2_scale_2.view(-1, 1), None if on_input else router, *lists, y),
         *(problem.top_k, 1.0, 0.0, math.inf, call.down_blocks),
     )
-    route.combine(y, memory["position"], out, problem.top_k)
+    route.combine(y, position, out, problem.top_k)

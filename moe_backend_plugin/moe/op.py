@@ -1,7 +1,8 @@
 """The torch operators of one NVFP4 MoE layer call, opaque to torch.compile.
 
 ``moe_backend_plugin::nvfp4_moe`` runs on a CPU, on the planes of codes that :func:`prepare` makes;
-``moe_backend_plugin::nvfp4_moe_packed`` on a Hopper GPU, on the order of :mod:`..nvfp4.hopper`.
+``moe_backend_plugin::nvfp4_moe_packed`` on a Hopper GPU, on the order of :mod:`..nvfp4.hopper`;
+``moe_backend_plugin::nvfp4_moe_flashinfer`` on a Blackwell GPU, on that of :mod:`..nvfp4.blackwell`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .cpu import fused_moe_cpu
 from .problem import Activation, MoEProblem
 
 if TYPE_CHECKING:
+    from . import blackwell
     from .cuda import Weights
 
 SCHEMA = (
@@ -32,11 +34,17 @@ PACKED_SCHEMA = (
     "int num_experts, int intermediate, str activation, float alpha, float beta, float? limit, "
     "bool apply_router_weight_on_input=False, Tensor? expert_map=None) -> Tensor"
 )
+FLASHINFER_SCHEMA = (
+    "nvfp4_moe_flashinfer(Tensor x, Tensor w13, Tensor w13_scale, Tensor w13_alpha, Tensor w2, Tensor w2_scale, Tensor w2_alpha, "
+    "Tensor h_scale, Tensor? x_scale, Tensor topk_weights, Tensor topk_ids, int num_experts, int intermediate, str activation, "
+    "float alpha, float beta, float? limit, bool apply_router_weight_on_input=False, Tensor? expert_map=None, int first=0) -> Tensor"
+)
 
 # define/impl instead of torch.library.custom_op: its Python wrapper costs tens of microseconds a call, in every layer.
 _library = torch.library.Library("moe_backend_plugin", "FRAGMENT")
 _library.define(SCHEMA)
 _library.define(PACKED_SCHEMA)
+_library.define(FLASHINFER_SCHEMA)
 
 _activation = lru_cache(Activation)
 _problem = lru_cache(MoEProblem)
@@ -200,4 +208,61 @@ def nvfp4_moe_packed(
     return _packed_op(
         *(x, *weights, topk_weights, topk_ids, problem.num_experts, problem.intermediate, a.kind, a.alpha, a.beta, a.limit),
         *(problem.apply_router_weight_on_input, expert_map),
+    )
+
+
+def _flashinfer(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w13_alpha: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    w2_alpha: Tensor,
+    h_scale: Tensor,
+    x_scale: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    num_experts: int,
+    intermediate: int,
+    activation: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    apply_router_weight_on_input: bool = False,
+    expert_map: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    from .blackwell import Weights, fused_moe
+
+    function = _activation(activation, alpha, beta, limit)
+    sizes = (num_experts, w13.shape[0], x.shape[-1], intermediate, topk_ids.shape[-1])
+    weights = Weights(w13, w13_scale, w13_alpha, w2, w2_scale, w2_alpha, h_scale, x_scale)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    fused_moe(
+        x, weights, topk_weights, topk_ids, _problem(*sizes, function, "nvfp4", apply_router_weight_on_input), out, expert_map, first=first
+    )
+    return out
+
+
+_library.impl("nvfp4_moe_flashinfer", _flashinfer, "CUDA")
+torch.library.register_fake("moe_backend_plugin::nvfp4_moe_flashinfer", _fake, lib=_library)
+
+_flashinfer_op = torch.ops.moe_backend_plugin.nvfp4_moe_flashinfer.default
+
+
+def nvfp4_moe_flashinfer(
+    x: Tensor,
+    weights: blackwell.Weights,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    problem: MoEProblem,
+    expert_map: Tensor | None = None,
+    first: int = 0,
+) -> Tensor:
+    """One MoE layer on a Blackwell GPU: a new tensor like ``x`` ``[M, H]``; arguments as :func:`.blackwell.fused_moe`'s."""
+    a = problem.activation
+    return (_flashinfer if is_eager(x) else _flashinfer_op)(
+        *(x, *weights, topk_weights, topk_ids, problem.num_experts, problem.intermediate, a.kind, a.alpha, a.beta, a.limit),
+        *(problem.apply_router_weight_on_input, expert_map, first),
     )

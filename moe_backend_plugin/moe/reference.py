@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginError
-from ..nvfp4.format import quantize_activations
+from ..nvfp4.format import E2M1_MAX, E4M3_MAX, quantize_activations
 from ..nvfp4.unscaled import check_shapes, unscaled
 from .problem import MoEProblem
 from .routing import local_ids
@@ -28,6 +28,7 @@ def fused_moe(
     expert_map: Tensor | None = None,
     w13_input_scale: Tensor | None = None,
     w2_input_scale: Tensor | None = None,
+    by_token: bool = False,
 ) -> Tensor:
     """``out[m] = sum_j weight[m, j] * expert[id[m, j]](x[m])`` over the experts of this rank.
 
@@ -46,7 +47,8 @@ def fused_moe(
     w2_input_scale   float32         ``[E]``, with "nvfp4" activations only
     ===============  ==============  ====================================================
 
-    Returns a new ``[M, H]`` in ``x``'s dtype.
+    ``by_token``: "nvfp4" activations without input scales, each row of either projection's input with a scale of its own (its
+    largest magnitude / 2688). Returns a new ``[M, H]`` in ``x``'s dtype.
 
     Precision: block-scaled weights exact, products summed in float32, the global scales applied to the sums in float32,
     the activation function in float32; its result is rounded to ``x``'s dtype before the second projection, as engines
@@ -68,8 +70,9 @@ def fused_moe(
     """
     _check(x, w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2, topk_weights, topk_ids, problem, expert_map)
     w4a4 = problem.activation_precision == "nvfp4"
-    if w4a4 != (w13_input_scale is not None) or w4a4 != (w2_input_scale is not None):
-        allowed = "both" if w4a4 else "none"
+    static = w4a4 and not by_token
+    if static != (w13_input_scale is not None) or static != (w2_input_scale is not None):
+        allowed = "both" if static else "none"
         raise PluginError("w13_input_scale, w2_input_scale", f"{w13_input_scale is not None}, {w2_input_scale is not None}", allowed)
 
     experts = problem.num_local_experts
@@ -85,19 +88,25 @@ def fused_moe(
         if problem.apply_router_weight_on_input:
             inputs = (inputs * weights[token, slot].unsqueeze(1)).to(x.dtype).float()
         if w4a4:
-            inputs = quantize_activations(inputs, w13_input_scale[e].max())
+            inputs = quantize_activations(inputs, _row_scales(inputs) if by_token else w13_input_scale[e].max())
         h = _matmul(inputs, unscaled(w13[e], w13_scale[e]))
         # One global scale a half: gate and up keep their own.
         h = h * w13_scale_2[e].float().reshape(-1).repeat_interleave(problem.intermediate)
         h = problem.activation.apply(h).to(x.dtype).float()
         if w4a4:
-            h = quantize_activations(h, w2_input_scale[e])
+            h = quantize_activations(h, _row_scales(h) if by_token else w2_input_scale[e])
         parts[token, slot] = _matmul(h, unscaled(w2[e], w2_scale[e])) * w2_scale_2[e].float()
 
     out = torch.zeros(x.shape[0], problem.hidden, dtype=torch.float32, device=x.device)
     for slot in range(problem.top_k):
         out += parts[:, slot] if problem.apply_router_weight_on_input else parts[:, slot] * weights[:, slot, None]
     return out.to(x.dtype)
+
+
+def _row_scales(x: Tensor) -> Tensor:
+    """float32 [m, 1] for x [m, K]; 1 for a row of zeros."""
+    scale = x.abs().amax(-1, keepdim=True) / (E2M1_MAX * E4M3_MAX)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def _matmul(x: Tensor, w: Tensor) -> Tensor:

@@ -61,11 +61,8 @@ def route_reference(
 
 
 def combine_reference(y: Tensor, position: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
-    """``[M, H]``: for each token the fp32 sum of its rows in slot order (planes of ``y [splits, P, H]`` first), rounded once."""
-    planes = y.float() if y.ndim == 3 else y.float()[None]
-    rows = planes[0].clone()
-    for plane in planes[1:]:
-        rows += plane
+    """``[M, H]``: for each token the fp32 sum of its rows of ``y [P, H]`` in slot order, rounded once."""
+    rows = y.float()
     places = position.reshape(-1, top_k).long()
     out = torch.zeros(places.shape[0], y.shape[-1], dtype=torch.float32, device=y.device)
     for slot in range(top_k):
@@ -101,11 +98,11 @@ def scratch_ints(pairs: int, experts: int) -> int:
     return min(-(-pairs // SHARE), MAX_BLOCKS) * experts if pairs > ONE_BLOCK else 0
 
 
-def combine_shape(tokens: int, hidden: int, row_bytes: int, splits: int = 1) -> tuple[int, int]:
+def combine_shape(tokens: int, hidden: int, row_bytes: int) -> tuple[int, int]:
     """(threads, loads on their way) of a combine call; ``row_bytes``: bytes of an element of y."""
     if tokens * -(-hidden * row_bytes // 512) <= FEW_WARPS:
         return 32, 32
-    return 128, 8 if splits == 1 else 16
+    return 128, 8
 
 
 def route_variants(index: torch.dtype, mapped: bool) -> Iterator:
@@ -117,12 +114,12 @@ def route_variants(index: torch.dtype, mapped: bool) -> Iterator:
             yield Variant(method=step, index=name_of(index), mapped=mapped, threads=threads, pairs=pairs)
 
 
-def combine_variants(rows: torch.dtype, tokens: torch.dtype, top_k: int, splits: int = 1) -> Iterator:
+def combine_variants(rows: torch.dtype, tokens: torch.dtype, top_k: int) -> Iterator:
     """Every combine kernel that calls with such rows can launch."""
     from ..kernels.moe_combine import Variant
 
-    for threads, loads in dict.fromkeys(combine_shape(count, 256, rows.itemsize, splits) for count in (1, 1 << 20)):
-        yield Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
+    for threads, loads in dict.fromkeys(combine_shape(count, 256, rows.itemsize) for count in (1, 1 << 20)):
+        yield Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, threads=threads, loads=loads)
 
 
 # --- launches -------------------------------------------------------------------------------------------------------------
@@ -137,10 +134,10 @@ def _route_kernel(device: int, method: str, index: torch.dtype, mapped: bool, th
 
 
 @cache
-def _combine_kernel(device: int, rows: torch.dtype, tokens: torch.dtype, top_k: int, splits: int, threads: int, loads: int) -> Callable:
+def _combine_kernel(device: int, rows: torch.dtype, tokens: torch.dtype, top_k: int, threads: int, loads: int) -> Callable:
     from ..kernels.moe_combine import Variant
 
-    variant = Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, splits=splits, threads=threads, loads=loads)
+    variant = Variant(rows=name_of(rows), tokens=name_of(tokens), top_k=top_k, threads=threads, loads=loads)
     return kernels.load(COMBINE, variant, kernels.device_architecture(device))
 
 
@@ -158,6 +155,14 @@ def _plan(pairs: int, experts: int, tile_tokens: int) -> tuple[tuple[str, int, i
     shape = route_shape(pairs)
     numbers = (pairs, experts, tile_tokens, reciprocal, *(shares(pairs) if shape[0] == "scatter" else (1, pairs)))
     return shape, numbers, max_tiles(pairs, experts, tile_tokens), scratch_ints(pairs, experts)
+
+
+def check(topk_ids: Tensor, expert_map: Tensor | None) -> None:
+    """Raise PluginError (a ValueError) if a kernel cannot read such ids or such a map."""
+    if not topk_ids.is_contiguous() or topk_ids.dtype not in INDEX_TYPES:
+        raise PluginError("topk_ids", f"{topk_ids.dtype}, strides {topk_ids.stride()}", "int32 or int64, contiguous")
+    if expert_map is not None and expert_map.numel() == 0:
+        raise PluginError("expert_map", "0 experts", "1 or more")
 
 
 def route(
@@ -183,8 +188,7 @@ def route(
     """
     pairs = topk_ids.numel()
     (method, threads, held), numbers, tiles_needed, scratch_needed = _plan(pairs, experts, tile_tokens)
-    if not topk_ids.is_contiguous() or topk_ids.dtype not in INDEX_TYPES:
-        raise PluginError("topk_ids", f"{topk_ids.dtype}, strides {topk_ids.stride()}", "int32 or int64, contiguous")
+    check(topk_ids, expert_map)
     if order.numel() < pairs or position.numel() < pairs:
         raise PluginError("order, position", f"{order.numel()}, {position.numel()} words", f"{pairs} or more")
     if tiles.shape[0] < tiles_needed:
@@ -195,8 +199,6 @@ def route(
         counts.zero_()
         return
     device, index, mapped = topk_ids.device.index, topk_ids.dtype, expert_map is not None
-    if mapped and expert_map.numel() == 0:
-        raise PluginError("expert_map", "0 experts", "1 or more")
     if method == "scatter":
         count = _route_kernel(device, "count", index, mapped, threads, held)
         count(topk_ids, expert_map, order, position, tiles, counts, scratch, *numbers)
@@ -208,8 +210,8 @@ def route(
 def combine(y: Tensor, position: Tensor, out: Tensor, top_k: int) -> None:
     """``out[m]`` = the sum of token m's rows in slot order, fp32, rounded once; zeros for a token without any. One launch.
 
-    y: ``[>= P, H]`` bf16, fp16 or fp32, or ``[splits, >= P, H]`` fp32 (planes are added first, in their order); rows 16-byte aligned,
-    of unit stride. position: int32 ``[>= M top_k]``, contiguous, 16-byte aligned, as :func:`route` writes it: its values are trusted.
+    y: ``[>= P, H]`` bf16, fp16 or fp32; rows 16-byte aligned, of unit stride. position: int32 ``[>= M top_k]``, contiguous, 16-byte
+    aligned, as :func:`route` writes it: its values are trusted.
     out: ``[M, H]`` bf16 or fp16, rows 16-byte aligned, of unit stride; H a multiple of 8.
 
     Raises PluginError (a ValueError) if sizes disagree.
@@ -221,8 +223,5 @@ def combine(y: Tensor, position: Tensor, out: Tensor, top_k: int) -> None:
         raise PluginError("y, out", f"{y.shape[-1]} and {hidden} columns", "the same, a multiple of 8")
     if tokens == 0:
         return
-    splits = y.shape[0] if y.dim() == 3 else 1
-    if y.dim() == 3 and splits == 1:
-        y = y[0]
-    threads, loads = combine_shape(tokens, hidden, y.element_size(), splits)
-    _combine_kernel(y.device.index, y.dtype, out.dtype, top_k, splits, threads, loads)(y, position, out)
+    threads, loads = combine_shape(tokens, hidden, y.element_size())
+    _combine_kernel(y.device.index, y.dtype, out.dtype, top_k, threads, loads)(y, position, out)

@@ -31,11 +31,12 @@ THREADS = 1024
 REGISTERS = 65536
 """Of a multiprocessor; at most 255 a thread."""
 WARPGROUP = 128
-REGROUPED = 208, 40
-"""Registers of a consumer and of a producer thread where the kernel hands them over."""
+PRODUCER = 48
+"""Registers of a thread that loads, where the kernel hands the others over."""
 FRAGMENTS = 64
 """Registers of a consumer thread beside its sums: two units of dequantised weights, and addresses."""
 LARGEST_TILE = 256
+"""Of a wgmma."""
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
@@ -85,17 +86,15 @@ def shape_reason(shape: Shape) -> str | None:
     if s.blocks > 2:
         return f"{s.blocks} thread blocks a multiprocessor (allowed: 1, 2)"
     groups = s.row_groups * s.k_groups
-    regroup = tile * s.row_blocks > 128
+    regroup = tile * s.row_blocks > 128 or (groups > 2 and tile >= 32)
     threads = groups * WARPGROUP + WARPGROUP + (WARPGROUP if regroup else 32)
     if threads > THREADS:
         return f"{threads} threads (allowed: up to {THREADS})"
     needed = tile * s.row_blocks // 2 + FRAGMENTS
     if regroup:
-        consumer, producer = REGROUPED
-        held = groups * WARPGROUP * consumer + 2 * WARPGROUP * producer
-        if held * s.blocks > REGISTERS:
-            return f"{groups} warpgroups of {consumer} registers a thread, {s.blocks} blocks (allowed: {REGISTERS} registers)"
-        available = consumer
+        if s.blocks > 1:
+            return f"{groups} warpgroups that take registers from the rest, {s.blocks} blocks (allowed: 1)"
+        available = min(255, (REGISTERS - 2 * WARPGROUP * PRODUCER) // (groups * WARPGROUP) // 8 * 8)
     else:
         available = min(255, REGISTERS // (threads * s.blocks) // 8 * 8)
     if needed > available:
@@ -118,7 +117,7 @@ def validity(problem: MoEProblem, tactic: Choice) -> str | None:
     return None
 
 
-SHIPPED = (tiles.FEW, tiles.SOME, tiles.MANY, *tiles.TILES.values())
+SHIPPED = (tiles.FEW, tiles.SOME, *tiles.TILES.values())
 """What the heuristic can choose."""
 
 
@@ -140,7 +139,7 @@ def shapes(tile_tokens: int) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(found))
 
 
-TILE_TOKENS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 192, 256)
+TILE_TOKENS = (8, 16, 32, 48, 64, 80, 96, 112, 128, 144)
 
 
 @cache
@@ -172,7 +171,7 @@ def candidates(problem: MoEProblem, tokens: int, multiprocessors: int) -> list[C
             continue
         centre = heuristic
         if tile != heuristic.tile_tokens:
-            centre = Choice(tiles.MANY, tiles.SOME) if tile == 8 else Choice(shapes(tile)[0], shapes(tile)[0])
+            centre = Choice(tiles.SOME, tiles.SOME) if tile == 8 else Choice(shapes(tile)[0], shapes(tile)[0])
         found += [Choice(shape, centre.down) for shape in shapes(tile)] + [Choice(centre.gate_up, shape) for shape in shapes(tile)]
     return [tactic for tactic in dict.fromkeys(found) if validity(problem, tactic) is None]
 

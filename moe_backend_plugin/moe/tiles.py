@@ -41,6 +41,11 @@ class Shape:
         return self.k_groups * self.k_blocks
 
     @property
+    def short(self) -> int:
+        """Tiles with at most so many tokens are multiplied by so many; 0 where all are multiplied by all."""
+        return self.tile_tokens // 2 if self.tile_tokens in HALVES and self.row_blocks == 2 else 0
+
+    @property
     def stages(self) -> int:
         """As many as fit, 12 at most."""
         stage = self.stage_blocks * (self.row_groups * self.row_blocks * BYTES + self.tile_tokens * 2 * ROWS)
@@ -52,22 +57,25 @@ class Shape:
 FEW = Shape(8, row_groups=1, k_groups=2, k_blocks=2, blocks=2, warp_mma=True)
 """Fewer tiles than thread blocks: small ones, two warpgroups to the columns of each."""
 SOME = Shape(8, row_groups=2, k_blocks=4, blocks=2, warp_mma=True)
-MANY = Shape(8, row_groups=4, k_blocks=4, warp_mma=True)
 TILES = {
     16: Shape(16, row_groups=4, row_blocks=2),
-    32: Shape(32, row_groups=4, k_blocks=4),
+    32: Shape(32, row_groups=4, row_blocks=2),
     48: Shape(48, row_groups=2, row_blocks=2),
     64: Shape(64, row_groups=2, row_blocks=2),
     80: Shape(80, row_groups=2, row_blocks=2),
     96: Shape(96, row_groups=2, row_blocks=2),
     128: Shape(128, row_groups=2, row_blocks=2),
+    144: Shape(144, row_groups=2, row_blocks=2, k_blocks=1),
 }
-COSTS = {8: 91, 16: 102, 32: 122, 48: 152, 64: 170, 80: 204, 96: 214, 128: 245}
+COSTS = {8: 91, 16: 99, 32: 117, 48: 152, 64: 170, 80: 197, 96: 214, 128: 245, 144: 275}
 """Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200)."""
 HALVES, HALF_COST = (80, 96, 128), 0.55
 """Tiles that have a path of half as many tokens, and what a tile that takes it costs."""
-LARGE = 256
-"""Mean tokens of an expert from which the largest tile is taken without counting."""
+TILE_COST, LAST_ROUND = 16384, 0.6
+"""What begins and ends a tile of 8 tokens, in weights that could be read meanwhile; the least a round takes, in full rounds."""
+LARGE, LARGE_TILE = 384, 128
+"""Mean tokens of an expert from which tiles of this size are taken without counting: the last tile of many no longer matters, and a tile
+with a path of half its size reads tokens in longer steps."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +118,19 @@ def expected_tiles(mean: float, tile: int) -> float:
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
     active, mean = active_experts(problem, tokens), mean_tokens(problem, tokens)
-    tile = min(COSTS, key=lambda tile: COSTS[tile] * expected_tiles(mean, tile)) if mean < LARGE else max(COSTS)
+    tile = min(COSTS, key=lambda tile: COSTS[tile] * expected_tiles(mean, tile)) if mean < LARGE else LARGE_TILE
     if tile in TILES:
         return Choice(TILES[tile], TILES[tile])
 
-    def of(rows: int, many: Shape) -> Shape:
-        if active * rows < SOME.rows * SOME.blocks * multiprocessors:
-            return FEW
-        return many if active * rows >= 4 * many.rows * many.blocks * multiprocessors else SOME
+    def of(rows: int, columns: int) -> Shape:
+        def cost(shape: Shape) -> float:
+            """Rounds of tiles of all thread blocks, times what a tile reads; a last round of few blocks is faster than a full one."""
+            rounds, last = divmod(active * math.ceil(rows / shape.rows) / (multiprocessors * shape.blocks), 1)
+            return (rounds + (last and max(last, LAST_ROUND))) * (shape.rows * columns + TILE_COST)
 
-    return Choice(of(problem.w13_rows, MANY), of(problem.hidden, SOME))
+        return min(FEW, SOME, key=cost)
+
+    return Choice(of(problem.w13_rows, problem.hidden), of(problem.hidden, problem.intermediate))
 
 
 @lru_cache(64)  # a server asks for its kernels, and again for its arena

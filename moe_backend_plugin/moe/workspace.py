@@ -1,10 +1,8 @@
 """Memory between the kernels of one MoE call: what a call needs, as a pure function, and one arena that all layers share.
 
-A call has some tokens and is cut up in some way (:class:`Call`): tokens of a tile, and over how many blocks the sums of each projection
-are split. From these follow the regions of its memory (:func:`plan`). They pull in different directions: small tiles make long tile lists,
-large calls make many rows, and a split call of a few tokens can need more than an unsplit call of many, for its float32 partial
-sums. So the arena gets the most that any call needs (:func:`largest`), and every call lays its own regions out from the
-arena's start: the arena is exactly as large as the largest single call.
+A call has some tokens, in tiles of some size (:class:`Call`), from which follow the regions of its memory (:func:`plan`). Small tiles
+make long tile lists, large calls make many rows. So the arena gets the most that any call needs (:func:`largest`), and every call lays
+its own regions out from the arena's start: the arena is exactly as large as the largest single call.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from .problem import MoEProblem
 ALIGNMENT = 256
 """Bytes; regions begin at multiples of it."""
 ROW_SLACK = 256
-"""Rows after the last one of ``h`` and of an unsplit ``y``: a kernel may read or write the largest tile whole from any position."""
+"""Rows after the last one of ``h`` and ``y``: a kernel may read or write the largest tile whole from any position."""
 WIDTH = 64
 """The expert width is padded to a multiple of this, as in ``nvfp4.hopper``."""
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,20 +34,16 @@ _PLANS = 512
 class Call:
     """How a call is cut up.
 
-    tile_tokens: most tokens of a tile. gate_up_splits, down_splits: parts that the sum over K is split into; with more than one, each
-    part writes a plane of float32 partial sums. y: type of the down projection's output where it is not split.
-    Raises PluginError (a ValueError) on a count below 1 or another type.
+    tile_tokens: most tokens of a tile. y: type of the down projection's output.
+    Raises PluginError (a ValueError) on a tile of no token or another type.
     """
 
     tile_tokens: int
-    gate_up_splits: int = 1
-    down_splits: int = 1
     y: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        for name in ("tile_tokens", "gate_up_splits", "down_splits"):
-            if getattr(self, name) < 1:
-                raise PluginError(f"Call.{name}", str(getattr(self, name)), "1 or more")
+        if self.tile_tokens < 1:
+            raise PluginError("Call.tile_tokens", str(self.tile_tokens), "1 or more")
         if self.y not in _TYPES:
             raise PluginError("Call.y", str(self.y), ", ".join(map(str, _TYPES)))
 
@@ -131,8 +125,7 @@ def plan(
     counts     int32        ``[4]``
     scratch    int32        ``[scratch_ints(P, E)]``, the routing kernel's; may be empty
     h          ``dtype``    ``[P + 256, W]``, the activations between the projections
-    gate_up    float32      ``[gate_up_splits, P, 2 W]``, ``[.., W]`` without a gate; only if that is split
-    y          ``call.y``   ``[P + 256, H]``; float32 ``[down_splits, P, H]`` if that is split
+    y          ``call.y``   ``[P + 256, H]``
     =========  ===========  ======================================================================================
 
     Regions do not overlap, so that a kernel may start while the one in front still runs. ``dtype``: of the tokens.
@@ -151,13 +144,8 @@ def plan(
         ("counts", torch.int32, (4,)),
         ("scratch", torch.int32, (scratch_ints(pairs, experts),)),
         ("h", dtype, (pairs + ROW_SLACK, width)),
+        ("y", call.y, (pairs + ROW_SLACK, hidden)),
     ]
-    if call.gate_up_splits > 1:
-        tensors.append(("gate_up", torch.float32, (call.gate_up_splits, pairs, width * (2 if problem.activation.gated else 1))))
-    if call.down_splits > 1:
-        tensors.append(("y", torch.float32, (call.down_splits, pairs, hidden)))
-    else:
-        tensors.append(("y", call.y, (pairs + ROW_SLACK, hidden)))
 
     regions, end = [], 0
     for name, kind, shape in tensors:
@@ -188,14 +176,6 @@ def largest(
         if tokens >= max_tokens:
             return max(plans, key=lambda p: p.bytes)
     raise PluginError("token ranges", f"up to {first - 1} tokens", f"up to max_tokens = {max_tokens}")
-
-
-def rounded(tokens: int, limit: int) -> int:
-    """The next power of two, or ``limit`` if that is less: for how many tokens to plan a call, so that a server has few plans.
-
-    With the end of the call's range (or max_tokens, if that is less) as the limit, the plan fits an arena of the size of :func:`largest`.
-    """
-    return min(1 << (tokens - 1).bit_length(), limit) if tokens < limit else tokens
 
 
 class Arena:

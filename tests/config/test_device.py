@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,19 @@ def test_gdn_kernels_serve_blackwell_only_when_asked():
 def test_kernels_are_refused_where_they_do_not_run(kind, device, words):
     with pytest.raises(UnsupportedLayerError, match=f"model.layers.0: .*{kind}.provider: cutedsl on .*{words}.*, or auto"):
         choose_provider(kind, device, PluginConfig(**{kind: {"provider": "cutedsl"}}), where="model.layers.0")
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3)])
+def test_flashinfer_serves_blackwell_only_when_asked_and_only_who_can_call_it(capability):
+    device, asked = replace(B200, capability=capability), PluginConfig(moe={"provider": "cutedsl"}, strict=True)
+    choice = choose_provider("moe", device, asked, drives_flashinfer=True)
+    assert choice.provider == "flashinfer" and "never run by this package's authors" in choice.reason and choice.missing == ()
+    auto = choose_provider("moe", device, PluginConfig(), drives_flashinfer=True)
+    assert auto.provider == "engine" and "moe.provider: cutedsl would take FlashInfer's" in auto.reason
+    assert "FlashInfer's" not in choose_provider("moe", device, PluginConfig()).reason
+    for unable in ({}, {"drives_flashinfer": True}):
+        with pytest.raises(UnsupportedLayerError, match="moe.provider: cutedsl"):
+            choose_provider("moe", replace(device, capability=(10, 7)) if unable else device, asked, **unable)
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)

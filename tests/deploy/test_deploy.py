@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from importlib.metadata import requires
 from pathlib import Path
 
+import helm_schemas
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -28,12 +31,12 @@ def of_kind(file: Path, kind: str) -> dict:
     return next(found for found in objects(file) if found["kind"] == kind)
 
 
-def serve_arguments(file: Path):
-    """What ``vllm serve --config FILE`` makes of a file."""
+def parsed(*arguments: str):
+    """What vLLM's server makes of its arguments. SGLang's parser reads its files in integration/sglang_cpu."""
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(["serve", "--config", str(file)])
+    return make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments])
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda file: file.name)
@@ -70,7 +73,7 @@ def test_the_plugins_file_in_a_manifest_is_one(manifest, tmp_path, monkeypatch):
 def test_vllm_reads_its_configurations(tmp_path):
     (tmp_path / "manifest.yaml").write_text(of_kind(DEPLOY / "kubernetes/vllm.yaml", "ConfigMap")["data"]["vllm.yaml"])
     for file in (DEPLOY / "vllm-cpu.yaml", DEPLOY / "vllm-hopper.yaml", tmp_path / "manifest.yaml"):
-        arguments = serve_arguments(file)
+        arguments = parsed("serve", "--config", str(file))
         written = yaml.safe_load(file.read_text())
         assert arguments.quantization == "nvfp4_cutedsl"
         for name, value in written.items():
@@ -90,6 +93,101 @@ def test_images_have_what_the_package_needs(dockerfile):
     assert {str(r) for r in wanted if r.marker is None and r.name.lower() not in from_the_image} == {str(r) for r in installed}
 
 
-def test_entry_points_start_the_engine_with_the_plugin():
-    entry = re.search(r"^ENTRYPOINT (.*)$", (DEPLOY / "docker/vllm.Dockerfile").read_text(), re.MULTILINE)
-    assert json.loads(entry.group(1)) == ["vllm", "serve", "--quantization", "nvfp4_cutedsl"]
+@pytest.mark.parametrize(
+    ("engine", "command"),
+    [("vllm", ["vllm", "serve", "--quantization", "nvfp4_cutedsl"]), ("sglang", ["sglang", "serve", "--moe-backend", "cutedsl"])],
+)
+def test_entry_points_start_the_engine_with_the_plugin(engine, command):
+    entry = re.search(r"^ENTRYPOINT (.*)$", (DEPLOY / f"docker/{engine}.Dockerfile").read_text(), re.MULTILINE)
+    assert json.loads(entry.group(1)) == command
+
+
+# `sglang serve` looks for the model on its command line before it reads a file.
+SGLANG_SERVE = ["sglang", "serve", "--model-path", "nvidia/Qwen3-30B-A3B-NVFP4", "--config"]
+
+
+def test_sglang_is_given_its_model_and_time_to_answer():
+    """Its /health takes a second at least, which is Kubernetes' own limit."""
+    container = of_kind(DEPLOY / "kubernetes/sglang.yaml", "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == [*SGLANG_SERVE, "/etc/sglang/sglang.yaml"]
+    assert all(container[probe]["timeoutSeconds"] > 20 for probe in ("startupProbe", "readinessProbe", "livenessProbe"))
+
+
+# --- Helm ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("file", "schema"), helm_schemas.CHARTS.items(), ids=lambda value: value if isinstance(value, str) else "")
+def test_values_fit_their_chart(file, schema):
+    values = yaml.safe_load((DEPLOY / "helm" / file).read_text())
+    jsonschema.Draft202012Validator(schema).validate(values)
+    unknown = copy.deepcopy(values)
+    deepest(unknown)["no_such_value"] = 1
+    assert not jsonschema.Draft202012Validator(schema).is_valid(unknown)
+
+
+def deepest(values: dict) -> dict:
+    """The object that describes the server, in either chart."""
+    if "servingEngineSpec" in values:
+        return values["servingEngineSpec"]["modelSpec"][0]
+    return values["controllers"]["sglang"]["containers"]["server"]
+
+
+def test_every_values_file_has_a_chart():
+    assert {file.name for file in DEPLOY.glob("helm/*")} == set(helm_schemas.CHARTS)
+
+
+def plugin_settings(text: str, tmp_path: Path, monkeypatch) -> PluginConfig:
+    (tmp_path / "plugin.yaml").write_text(text)
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_CONFIG", str(tmp_path / "plugin.yaml"))
+    return PluginConfig()
+
+
+def test_production_stack_starts_vllm_with_the_plugin(tmp_path, monkeypatch):
+    """Its objects are Kubernetes', what is mounted exists, and the command line that the chart writes is vLLM's."""
+    values = yaml.safe_load((DEPLOY / "helm/vllm-production-stack.yaml").read_text())
+    for found in values["extraObjects"]:
+        kubernetes_validate.validate(found, "1.33", strict=True)
+    made = {found["kind"]: found for found in values["extraObjects"]}
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    volumes, mounts = ({entry["name"]: entry for entry in model[key]} for key in ("extraVolumes", "extraVolumeMounts"))
+    assert set(volumes) == set(mounts)
+    assert volumes["plugin"]["configMap"]["name"] == made["ConfigMap"]["metadata"]["name"]
+    assert volumes["kernels"]["persistentVolumeClaim"]["claimName"] == made["PersistentVolumeClaim"]["metadata"]["name"]
+    assert model["env"] == [{"name": "MOE_BACKEND_PLUGIN_CONFIG", "value": f"{mounts['plugin']['mountPath']}/plugin.yaml"}]
+    config = plugin_settings(made["ConfigMap"]["data"]["plugin.yaml"], tmp_path, monkeypatch)
+    assert config.kernel_cache == mounts["kernels"]["mountPath"]
+    vllm = model["vllmConfig"]
+    flags = ("--dtype", vllm["dtype"], "--max-model-len", str(vllm["maxModelLen"]), "--max-num-seqs", str(vllm["maxNumSeqs"]))
+    arguments = parsed(model["modelURL"], *flags, *vllm["extraArgs"])
+    assert arguments.model_tag == model["modelURL"]
+    assert (arguments.quantization, arguments.max_num_batched_tokens, arguments.shutdown_timeout) == ("nvfp4_cutedsl", 8192, 5)
+
+
+def test_app_template_starts_sglang_with_the_plugin(tmp_path, monkeypatch):
+    values = yaml.safe_load((DEPLOY / "helm/sglang-app-template.yaml").read_text())
+    server, files = values["controllers"]["sglang"]["containers"]["server"], values["configMaps"]["config"]["data"]
+    mounted = {mount["path"] for volume in values["persistence"].values() for mount in volume["globalMounts"]}
+    folder = values["persistence"]["config"]["globalMounts"][0]["path"]
+    assert server["command"] == [*SGLANG_SERVE, f"{folder}/sglang.yaml"]
+    assert server["env"] == {"MOE_BACKEND_PLUGIN_CONFIG": f"{folder}/plugin.yaml", "HF_HOME": "/var/cache/huggingface"}
+    assert set(files) == {"sglang.yaml", "plugin.yaml"} and server["env"]["HF_HOME"] in mounted
+    assert plugin_settings(files["plugin.yaml"], tmp_path, monkeypatch).kernel_cache in mounted
+    port = yaml.safe_load(files["sglang.yaml"])["port"]
+    assert values["service"]["sglang"]["ports"]["http"]["port"] == port
+    for probe in server["probes"].values():
+        assert probe["spec"]["httpGet"]["port"] == port and probe["spec"]["timeoutSeconds"] > 20
+
+
+def test_values_start_what_the_manifests_start():
+    """The same model, the same settings; only the frame differs."""
+    stack, template = (yaml.safe_load((DEPLOY / "helm" / name).read_text()) for name in helm_schemas.CHARTS)
+    manifests = {engine: of_kind(DEPLOY / f"kubernetes/{engine}.yaml", "ConfigMap")["data"] for engine in ("vllm", "sglang")}
+    assert template["configMaps"]["config"]["data"] == manifests["sglang"]
+    assert stack["extraObjects"][0]["data"]["plugin.yaml"] == manifests["vllm"]["plugin.yaml"] == manifests["sglang"]["plugin.yaml"]
+    (model,) = stack["servingEngineSpec"]["modelSpec"]
+    server = yaml.safe_load(manifests["vllm"]["vllm.yaml"])
+    assert [model["modelURL"], model["vllmConfig"]["maxModelLen"], model["vllmConfig"]["maxNumSeqs"]] == [
+        server["model"],
+        server["max-model-len"],
+        server["max-num-seqs"],
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -76,13 +77,13 @@ def pad_rows(x: torch.Tensor, cu: list[int], T: int) -> torch.Tensor:
     return out
 
 
-def run_reference(case: Case, pool, slots: Slots, intermediate=None, update_state=True, T=None):
+def run_reference(case: Case, pool, slots: Slots, intermediate=None, update_state=True, T=None, as_vllm=False):
     tokens = case.mixed_qkv.shape[0]
     cu = list(range(tokens + 1)) if slots.cu_seqlens is None else slots.cu_seqlens.tolist()
     T = T or max([1, *(e - s for s, e in zip(cu, cu[1:], strict=False))])
     x, a, b = (pad_rows(t, cu, T) for t in (case.mixed_qkv, case.a, case.b))
     padded = reference.gdn_decode(
-        *case.heads(x), a, b, case.A_log, case.dt_bias, pool, slots, intermediate=intermediate, update_state=update_state
+        *case.heads(x), a, b, case.A_log, case.dt_bias, pool, slots, intermediate=intermediate, update_state=update_state, as_vllm=as_vllm
     )
     out = case.mixed_qkv.new_zeros(tokens, case.HV, case.V)
     for row in range(len(cu) - 1):
@@ -90,13 +91,12 @@ def run_reference(case: Case, pool, slots: Slots, intermediate=None, update_stat
     return out
 
 
-def run_op(case: Case, pool, slots: Slots, intermediate=None, update_state=True, T=None):
-    return op.gdn_decode(
-        case.mixed_qkv, case.a, case.b, case.A_log, case.dt_bias, pool, slots, intermediate=intermediate, update_state=update_state
-    )
+def run_op(case: Case, pool, slots: Slots, intermediate=None, update_state=True, T=None, as_vllm=False):
+    args = (case.mixed_qkv, case.a, case.b, case.A_log, case.dt_bias, pool, slots)
+    return op.gdn_decode(*args, intermediate=intermediate, update_state=update_state, as_vllm=as_vllm)
 
 
-RUNNERS = {"reference": run_reference, "op": run_op}
+RUNNERS = {"reference": run_reference, "op": run_op, "op-as-vllm": partial(run_op, as_vllm=True)}
 
 
 def conv_reference(x, pool, weight, bias, slots, num_accepted=None, activation="silu"):

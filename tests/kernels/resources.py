@@ -96,7 +96,7 @@ def gemm_variants() -> list:
         (MoEProblem(128, 128, 2112, 704, 8, silu), bf16),  # ragged
     ):
         samples = variants(problem, tokens, MAX_TOKENS, MULTIPROCESSORS)
-        found += [v for v in samples if (v.tile_tokens, v.row_groups) in ((8, 1), (128, 2))]
+        found += [v for v in samples if (v.tile_tokens, v.row_groups) in ((8, 1), (128, 2), (144, 2)) and v.pairs in (0, 32)]
     return list(dict.fromkeys(found))
 
 
@@ -109,7 +109,7 @@ def route_variants() -> list:
 
 
 def combine_variants() -> list:
-    """Numbers of experts a token that divide a 16-byte load and others, all types, sums over splits."""
+    """Numbers of experts a token that divide a 16-byte load and others, all types."""
     import torch
 
     from moe_backend_plugin.moe import route
@@ -119,9 +119,8 @@ def combine_variants() -> list:
         *((bf16, bf16, k) for k in (1, 5, 6, 8, 10, 32)),
         (fp16, fp16, 8),
         (fp32, bf16, 8),
-        *((fp32, bf16, 8, splits) for splits in (2, 4, 16)),
-        (fp32, fp16, 10, 3),
-        (fp32, bf16, 32, 2),
+        (fp32, fp16, 10),
+        (fp32, bf16, 32),
     ]
     return list(dict.fromkeys(v for a in arguments for v in route.combine_variants(*a)))
 
@@ -275,7 +274,7 @@ def route_columns(variant, code: Code) -> dict[str, int]:
 def combine_columns(variant, code: Code) -> dict[str, int]:
     return {
         "local_accesses": code.count("LDL", "STL"),
-        "load_bits": width(code.bits("LDG"), variant.top_k * variant.splits),
+        "load_bits": width(code.bits("LDG"), variant.top_k),
         "store_bits": width(code.bits("STG"), 1),
     }
 
@@ -292,7 +291,7 @@ FAMILIES = {
     "gdn_decode": Family(gdn_variants, gdn_columns, lambda v: True),
     "moe_gemm": Family(gemm_variants, gemm_columns, lambda v: False),
     "moe_route": Family(route_variants, route_columns, lambda v: v.mapped == (v.index == "int64")),
-    "moe_combine": Family(combine_variants, combine_columns, lambda v: v.top_k in (5, 8, 10) and v.splits < 16),
+    "moe_combine": Family(combine_variants, combine_columns, lambda v: v.top_k in (5, 8, 10)),
 }
 
 

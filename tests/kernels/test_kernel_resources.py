@@ -7,18 +7,6 @@ REASON = resources.missing()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=REASON or ""), pytest.mark.timeout(900)]
 RENEW = "python tests/kernels/resources.py --renew"
 KEPT = resources.read_table()
-_LARGEST = "tile_tokens=128, row_groups=2, k_groups=1, row_blocks=2, stages=4"
-SERIALISED = [
-    f"moe_gemm [{variant}] sm_90a"
-    for variant in (
-        f"use=down, {_LARGEST}",
-        f"use=down, {_LARGEST}, weighted=True",
-        f"use=down, {_LARGEST}, weighted=True, tokens=float16",
-        f"use=down, {_LARGEST}, ragged=True, weighted=True",
-        f"{_LARGEST}, weighted=True",
-    )
-]
-"""Known to fall short: the 40 registers of a thread that loads do not do, and where a kernel spills, its HGMMAs wait for each other."""
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +47,8 @@ def short_of(rows, **allowed):
 
 
 def test_nothing_spills(found):
-    assert not short_of({name: row for name, row in found.items() if name not in SERIALISED}, spills=0)
-    assert not short_of({name: row for name, row in found.items() if "local_accesses" in row and name not in SERIALISED}, local_accesses=0)
+    assert not short_of(found, spills=0)
+    assert not short_of({name: row for name, row in found.items() if "local_accesses" in row}, local_accesses=0)
 
 
 def test_state_moves_in_full_width(found):
@@ -79,12 +67,7 @@ def test_tensor_cores_multiply_and_wait_for_four_at_a_time(found):
     together = {name: row for name, row in rows.items() if name not in by_warp}
     assert by_warp and not short_of(by_warp, hgmma=0, hmma=range(8, 100))
     assert not short_of(together, hmma=0, hgmma=range(16, 100))
-    assert not short_of({name: row for name, row in together.items() if name not in SERIALISED}, hgmma_per_arrive=4)
-
-
-def test_what_is_known_to_fall_short_still_does(found):
-    better = [name for name in SERIALISED if name not in found or found[name]["hgmma_per_arrive"] == 4 and found[name]["spills"] == 0]
-    assert not better, f"to be taken out of SERIALISED: {better}"
+    assert not short_of(together, hgmma_per_arrive=4)
 
 
 def test_shared_memory_fits(found):

@@ -36,7 +36,6 @@ ROUTINGS = {32: 45_000, 600: 45_000, 9000: 10_000}
 """Adversarial routings, by the most pairs that they have."""
 TOP_K = (1, 2, 5, 6, 8, 10, 22, 32)
 COMBINES = [(rows, tokens, k) for k in TOP_K for rows, tokens in ((BF16, BF16), (FP16, FP16), (FP32, BF16))]
-SPLITS = [(2, 8, BF16), (3, 10, FP16), (4, 8, BF16), (8, 1, BF16), (16, 6, BF16)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +43,6 @@ def compiled():
     architecture = kernels.architecture_of(torch.cuda.get_device_capability())
     routes = [v for index in r.INDEX_TYPES for mapped in (False, True) for v in r.route_variants(index, mapped)]
     combines = [v for rows, tokens, k in COMBINES for v in r.combine_variants(rows, tokens, k)]
-    combines += [v for splits, k, tokens in SPLITS for v in r.combine_variants(FP32, tokens, k, splits)]
     kernels.prepare(r.ROUTE, routes, architecture)
     kernels.prepare(r.COMBINE, combines, architecture)
 
@@ -287,17 +285,16 @@ def test_no_tokens():
 # --- combine ----------------------------------------------------------------------------------------------------------------
 
 
-def rows_for(tokens, k, hidden, dtype, splits=0, local=0.7, gap=0):
+def rows_for(tokens, k, hidden, dtype, local=0.7, gap=0):
     """(y, position): the rows of answered pairs in random order, and NaN in all rows that belong to none."""
     pairs = tokens * k
     answered = torch.rand(pairs, device=DEVICE) < local
     place = torch.randperm(pairs, device=DEVICE)
     position = place.where(answered, -1).to(INT32)
-    shape = (*((splits,) if splits else ()), pairs + 3, hidden + gap)
-    y = torch.randn(shape, device=DEVICE).to(dtype)[..., :hidden]
+    y = torch.randn(pairs + 3, hidden + gap, device=DEVICE).to(dtype)[:, :hidden]
     owned = torch.zeros(pairs + 3, dtype=torch.bool, device=DEVICE)
     owned[place[answered]] = True
-    y[..., ~owned, :] = math.nan
+    y[~owned] = math.nan
     return y, position
 
 
@@ -321,16 +318,6 @@ def test_combine(rows, tokens_type, k):
         y, position = rows_for(tokens, k, hidden, rows)
         expected = check_combine(y, position, tokens, k, tokens_type)
         assert not expected.isnan().any()
-
-
-@pytest.mark.parametrize(("splits", "k", "dtype"), SPLITS)
-def test_combine_adds_the_planes_first(splits, k, dtype):
-    for tokens, hidden in ((1, 2048), (4, 7168), (40, 1040), (700, 512)):
-        y, position = rows_for(tokens, k, hidden, FP32, splits)
-        check_combine(y, position, tokens, k, dtype)
-        check_combine(y[:, :, : hidden - 16], position, tokens, k, dtype)
-    y, position = rows_for(5, k, 512, FP32, 1)
-    check_combine(y, position, 5, k, BF16)  # one plane is the kernel without planes
 
 
 def test_combine_of_many_tokens():
@@ -365,11 +352,11 @@ def test_tokens_without_an_expert_are_zero():
 
 
 def test_nan_stays_in_its_token():
-    for splits in (0, 4):
-        y, position = rows_for(64, 8, 512, FP32 if splits else BF16, splits, local=1.0)
-        y[..., position.view(64, 8)[9, 3].item(), 5] = math.nan
-        y[..., position.view(64, 8)[20, 0].item(), :] = math.inf
-        y[..., position.view(64, 8)[20, 7].item(), :] = -math.inf
+    for dtype in (BF16, FP32):
+        y, position = rows_for(64, 8, 512, dtype, local=1.0)
+        row = position.view(64, 8)
+        y[row[9, 3], 5] = math.nan
+        y[row[20, 0]], y[row[20, 7]] = math.inf, -math.inf
         expected = check_combine(y, position, 64, 8, BF16)
         assert expected[20].isnan().all() and expected[9].isnan().sum() == 1 and expected.isnan().sum() == 1 + 512
 

@@ -31,7 +31,7 @@ def name(job):
     _, v, architecture = job
     if job in ROUTES:
         return f"{v.method}-{v.threads}-{v.index}{'-mapped' * v.mapped}-{architecture}"
-    return f"{v.rows}-{v.tokens}-{v.top_k}-{v.splits}-{v.threads}-{architecture}"
+    return f"{v.rows}-{v.tokens}-{v.top_k}-{v.threads}-{architecture}"
 
 
 def assert_safe_behind_another_kernel(code):
@@ -66,9 +66,9 @@ def test_combine(job, machine_code):
     assert code.spills == 0
     assert_safe_behind_another_kernel(code)
     positions = variant.top_k // 4 if variant.top_k % 4 == 0 else 0
-    assert code.count("LDG.E.128") == variant.top_k * variant.splits + positions
+    assert code.count("LDG.E.128") == variant.top_k + positions
     assert code.count("STG.E.64" if variant.rows == "float32" else "STG.E.128") == code.count("STG") == 1
-    if architecture == "sm_90a" and variant.splits == 1:
+    if architecture == "sm_90a":
         assert code.count("BRA") == 1  # the trap behind the end: loads are predicated, so a thread's are on their way together
 
 
@@ -89,8 +89,6 @@ def test_every_call_finds_its_kernel_compiled_ahead():
         (moe_route, {"pairs": 2}, ["pairs"]),
         (moe_route, {"method": "block", "threads": 1024, "pairs": 16}, ["pairs", "8192"]),
         (moe_combine, {"top_k": 33}, ["top_k", "33", "1..32"]),
-        (moe_combine, {"splits": 2}, ["bfloat16 in 2 splits", "float32"]),
-        (moe_combine, {"splits": 17, "rows": "float32"}, ["splits", "1..16"]),
         (moe_combine, {"threads": 48}, ["threads", "48"]),
     ],
 )

@@ -64,7 +64,7 @@ def test_what_is_no_name(text):
 @given(shapes)
 def test_valid_shapes_are_variants_of_the_kernel(shape):
     pytest.importorskip("cutlass", reason="CuTe DSL is not installed (extra: kernels)")
-    from moe_backend_plugin.kernels.moe_gemm import SHARED_BYTES, WARPGROUP, Variant
+    from moe_backend_plugin.kernels.moe_gemm import PRODUCER_REGISTERS, SHARED_BYTES, WARPGROUP, Variant
 
     if tactics.shape_reason(shape) is not None:
         return
@@ -74,7 +74,8 @@ def test_valid_shapes_are_variants_of_the_kernel(shape):
         assert threads <= 1024 and shape.blocks * variant.shared_bytes <= SHARED_BYTES
         assert variant.stages >= 2 and shape.rows == variant.rows
         if variant.regroup:  # what the warpgroups ask for must be there, or they wait for ever
-            assert (threads - variant.producers) * 208 + variant.producers * 40 <= 65536
+            held = (threads - variant.producers) * variant.consumer_registers + variant.producers * PRODUCER_REGISTERS
+            assert shape.blocks == 1 and held <= 65536
 
 
 def test_what_the_heuristic_takes_is_valid_and_among_the_candidates():
@@ -94,8 +95,9 @@ def test_what_the_heuristic_takes_is_valid_and_among_the_candidates():
         (Shape(8, 1, row_blocks=2, k_blocks=1, warp_mma=True), "1 blocks a stage"),
         (Shape(16, 1, warp_mma=True), "16 tokens a tile"),
         (Shape(16, 1, blocks=3), "3 thread blocks"),
-        (Shape(128, 4, row_blocks=2), "4 warpgroups of 208 registers"),
+        (Shape(128, 4, row_blocks=2), "need 192 registers"),
         (Shape(128, 4), "need 128 registers a thread"),
+        (Shape(128, 2, row_blocks=2, blocks=2), "take registers from the rest, 2 blocks"),
         (Shape(256, 1, row_blocks=2), "need 320 registers"),
         (Shape(128, 2, row_blocks=2, k_blocks=8), "stages fit"),
         (Shape(16, 0), "a count below 1"),
@@ -161,8 +163,13 @@ def test_without_a_table_the_heuristic_answers():
     for tokens in (1, 64, 5000):
         assert tactics.chosen(QWEN, tokens, MULTIPROCESSORS) is tiles.choose(QWEN, tokens, MULTIPROCESSORS)
     assert tactics.choices(QWEN, 3000, MULTIPROCESSORS) == tiles.choices(QWEN, 3000, MULTIPROCESSORS)
-    variants = list(cuda.variants(QWEN, BF16, 3000, MULTIPROCESSORS)) if _dsl() else []
-    assert len(variants) == 2 * len(tiles.choices(QWEN, 3000, MULTIPROCESSORS)) * _dsl()
+    if _dsl():  # each shape once, and up to 32 and 128 pairs once more
+        shapes = [(use, shape, most) for choice, last in _sizes(3000) for use, shape, most in cuda._uses(QWEN, choice, last)]
+        assert len(list(cuda.variants(QWEN, BF16, 3000, MULTIPROCESSORS))) == len(set(shapes))
+
+
+def _sizes(largest):
+    return ((tactics.chosen(QWEN, tokens, MULTIPROCESSORS), tokens) for tokens in range(1, largest + 1))
 
 
 def _dsl() -> bool:

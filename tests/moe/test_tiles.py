@@ -14,7 +14,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 MULTIPROCESSOR_SHARED = 228 << 10
 SYSTEM_SHARED = 1 << 10
 """Bytes of a block's shared memory that are not its own."""
-SHAPES = (tiles.FEW, tiles.SOME, tiles.MANY, *tiles.TILES.values())
+SHAPES = (tiles.FEW, tiles.SOME, *tiles.TILES.values())
 LAYERS = (
     MoEProblem(128, 128, 2048, 768, 8),
     MoEProblem(512, 512, 2048, 512, 10),
@@ -75,7 +75,8 @@ def test_every_choice_is_a_kernel_that_fits(problem, tokens, processors, dtype):
 @given(problems(), multiprocessors, st.lists(counts, min_size=2, max_size=20))
 def test_tiles_grow_with_the_tokens(problem, processors, tokens):
     sizes = [tiles.choose(problem, count, processors).tile_tokens for count in sorted(tokens)]
-    assert sizes == sorted(sizes)
+    # The two largest take turns: one has a path for tiles that are half full.
+    assert [min(size, 128) for size in sizes] == sorted(min(size, 128) for size in sizes)
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,14 +161,18 @@ def test_what_is_compiled_ahead_is_what_calls_launch(problem, monkeypatch):
     pytest.importorskip("cutlass", reason="CuTe DSL is not installed (extra: kernels)")
     from moe_backend_plugin.kernels.moe_gemm import Variant
 
-    def gemm(device, problem, use, shape, tokens):
-        return Variant(**cuda.variant_fields(problem, use, shape, tokens))
+    ids = cuda.Ids(torch.int64, True)
+
+    def gemm(device, problem, use, shape, tokens, pairs, ids):
+        return Variant(**cuda.variant_fields(problem, use, shape, tokens, pairs, ids))
 
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(cuda, "_gemm", gemm)
     launched = set()
     for tokens in range(1, 4097):
-        call = cuda._call.__wrapped__(0, problem, tokens, BF16)
+        call = cuda._call.__wrapped__(0, problem, tokens, BF16, ids)
+        assert call.sorts == (call.gate_up.pairs > 0) and call.gate_up.pairs == call.down.pairs
+        assert call.sorts == (call.tile_tokens == 8 and tokens * problem.top_k <= 128) and (not call.sorts or call.gate_up.mapped)
         launched |= {call.gate_up, call.down}
         assert (call.gate_up.use, call.down.use, call.gate_up.tile_tokens) == ("gate_up", "down", call.tile_tokens)
         most = workspace.max_tiles(tokens * problem.top_k, problem.num_local_experts, call.tile_tokens)
@@ -179,5 +184,5 @@ def test_what_is_compiled_ahead_is_what_calls_launch(problem, monkeypatch):
             assert blocks * (variant.shared_bytes + SYSTEM_SHARED) <= 132 * MULTIPROCESSOR_SHARED
         assert call.plan.bytes <= cuda.arena_bytes(problem, 4096)
     for max_tokens in (1, 100, 4096):
-        ahead = set(cuda.variants(problem, BF16, max_tokens, 132))
+        ahead = set(cuda.variants(problem, BF16, max_tokens, 132, ids))
         assert ahead <= launched and (ahead == launched or max_tokens < 4096)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.moe import workspace
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
-from moe_backend_plugin.moe.workspace import Arena, Call, TokenRange, largest, max_tiles, plan, rounded
+from moe_backend_plugin.moe.workspace import Arena, Call, TokenRange, largest, max_tiles, plan
 
 CPU = torch.device("cpu")
 SMALL = MoEProblem(8, 8, 256, 80, 2)
@@ -28,18 +28,12 @@ def needed(problem, tokens, call, dtype=torch.bfloat16):
     p, width = tokens * problem.top_k, (problem.intermediate + 63) // 64 * 64
     tiles = min(p, problem.num_local_experts) + p // call.tile_tokens
     total = 4 * (p + p + 4 * tiles + 4 + scratch(p, problem.num_local_experts)) + (p + 256) * width * dtype.itemsize
-    if call.gate_up_splits > 1:
-        total += 4 * call.gate_up_splits * p * width * (2 if problem.activation.gated else 1)
-    if call.down_splits > 1:
-        return total + 4 * call.down_splits * p * problem.hidden
     return total + (p + 256) * problem.hidden * call.y.itemsize
 
 
 calls = st.builds(
     Call,
     tile_tokens=st.sampled_from([8, 16, 32, 64, 128, 256]),
-    gate_up_splits=st.integers(1, 16),
-    down_splits=st.integers(1, 16),
     y=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
 problems = st.builds(
@@ -66,7 +60,6 @@ def test_regions_are_aligned_and_apart_and_all_there(problem, tokens, call, dtyp
         end = region.offset + region.bytes
     assert end <= found.bytes < end + workspace.ALIGNMENT
     assert sum(region.bytes for region in found.regions) == needed(problem, tokens, call, dtype)
-    assert ("gate_up" in {region.name for region in found.regions}) == (call.gate_up_splits > 1)
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,17 +99,8 @@ def test_arena_is_the_largest_single_call(layer):
             own = plan.__wrapped__(problem, tokens, call, torch.bfloat16, scratch).bytes
             assert own <= bytes
             brute, exact = max(brute, own), max(exact, needed(problem, tokens, call))
-            limit = min(mine.tokens, max_tokens)
-            assert tokens <= rounded(tokens, limit) <= limit
-            assert plan(problem, rounded(tokens, limit), call, torch.bfloat16, scratch).bytes <= bytes
     assert bytes == brute
     assert bytes <= 1.1 * exact
-
-
-def test_a_small_split_call_can_need_more_than_a_large_one():
-    ranges = [TokenRange(8, (Call(8, 8, 16),)), TokenRange(16, (Call(16),))]
-    assert largest(DEEPSEEK, 16, ranges).tokens == 8
-    assert largest(DEEPSEEK, 16384, [*ranges, TokenRange(16384, (Call(256), Call(128)))]).tokens == 16384
 
 
 def test_tiles_and_rows_pull_apart():
@@ -128,7 +112,7 @@ def test_tiles_and_rows_pull_apart():
 
 
 def test_plan_by_hand():
-    found = plan(SMALL, 3, Call(16, 2, 4), torch.float16, lambda pairs, experts: pairs * experts)
+    found = plan(SMALL, 3, Call(16, torch.float32), torch.float16, lambda pairs, experts: pairs * experts)
     assert [(r.name, r.offset, r.bytes, r.dtype, r.shape) for r in found.regions] == [
         ("order", 0, 24, torch.int32, (6,)),
         ("position", 256, 24, torch.int32, (6,)),
@@ -136,27 +120,21 @@ def test_plan_by_hand():
         ("counts", 768, 16, torch.int32, (4,)),
         ("scratch", 1024, 192, torch.int32, (48,)),
         ("h", 1280, 262 * 128 * 2, torch.float16, (262, 128)),
-        ("gate_up", 68352, 2 * 6 * 256 * 4, torch.float32, (2, 6, 256)),
-        ("y", 80640, 4 * 6 * 256 * 4, torch.float32, (4, 6, 256)),
+        ("y", 68352, 262 * 256 * 4, torch.float32, (262, 256)),
     ]
-    assert found.bytes == 80640 + 24576
+    assert found.bytes == 68352 + 268288
     assert plan(SMALL, 3, Call(16)) is plan(SMALL, 3, Call(16))
     assert plan(SMALL, 3, Call(16))["y"].shape == (262, 256)
-    assert "3 tokens, 105,216 B" in str(found) and "float16 [262, 128]" in str(found)
+    assert "3 tokens, 336,640 B" in str(found) and "float16 [262, 128]" in str(found)
     with pytest.raises(KeyError, match="gate_up: found regions order"):
         plan(SMALL, 3, Call(16))["gate_up"]
-
-
-def test_rounded():
-    assert [rounded(tokens, 100) for tokens in (1, 2, 3, 5, 64, 65, 99, 100)] == [1, 2, 4, 8, 64, 100, 100, 100]
-    assert rounded(130, 100) == 130
 
 
 def test_refuses():
     with pytest.raises(PluginError, match="plan: tokens: found 0"):
         plan(SMALL, 0, Call(8))
-    with pytest.raises(PluginError, match=r"Call\.down_splits: found 0"):
-        Call(8, down_splits=0)
+    with pytest.raises(PluginError, match=r"Call\.tile_tokens: found 0"):
+        Call(0)
     with pytest.raises(PluginError, match=r"Call\.y: found torch\.int32"):
         Call(8, y=torch.int32)
     with pytest.raises(PluginError, match="up to 8 tokens; allowed: up to max_tokens = 9"):
@@ -213,7 +191,7 @@ def test_capture(device):
 
 
 def test_views_are_typed_apart_and_made_once(device):
-    one = plan(SMALL, 3, Call(16, 2, 4))
+    one = plan(SMALL, 3, Call(16))
     arena = Arena.get(CPU, one.bytes)
     views = arena.views(one)
     assert list(views) == [region.name for region in one.regions]
@@ -228,11 +206,11 @@ def test_views_are_typed_apart_and_made_once(device):
         arena.view(one, "workspace")
     assert not views["h"].is_inference()
 
-    larger = plan(SMALL, 4, Call(16, 2, 4))
+    larger = plan(SMALL, 4, Call(16))
     with pytest.raises(RuntimeError, match=rf"found {one.bytes:,} bytes; allowed: {larger.bytes:,} or more for 4 tokens"):
         arena.views(larger)
     Arena.get(CPU, larger.bytes)
-    assert arena.view(larger, "y").shape == (4, 8, 256)
+    assert arena.view(larger, "y").shape == (264, 256)
     assert arena.view(one, "y") is not views["y"]  # in the new buffer
     assert (views["y"] == len(one.regions) - 1).all()  # the old one is as it was
 

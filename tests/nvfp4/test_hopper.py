@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_backend_plugin.nvfp4 import hopper
-from moe_backend_plugin.nvfp4.hopper import BYTES, check_scales, dequantise, pack, packed_shape, unpack
+from moe_backend_plugin.nvfp4.hopper import BYTES, dequantise, pack, packed_shape, unpack
 from moe_backend_plugin.nvfp4.unscaled import unscaled
 from moe_backend_plugin.nvfp4.values import E2M1_VALUES
 
@@ -89,7 +89,7 @@ def checkpoint_row(packed_row, rows, gated):
     """The checkpoint's row at a row of the layout, or None for padding."""
     b, i = packed_row // 16, packed_row % 16
     if not gated:
-        row = 16 * b + i % 8 // 2 * 4 + i // 8 * 2 + i % 2
+        row = 16 * b + i % 8 * 2 + i // 8
         return row if row < rows else None
     width = rows // 2
     row = 8 * b + i % 8
@@ -276,19 +276,12 @@ def test_out_and_views():
     assert pack(codes[:0], scales[:0], gated=False).shape == (0, 2, 3, BYTES)
 
 
-def test_check_scales_and_what_bad_ones_become():
+def test_bad_scales_come_back_as_nan():
     codes, scales = random_weights(2, 128, 64, zeros=True)
-    check_scales(scales)
     scales.view(torch.uint8)[1, 2, 3] = 0xB8
-    with pytest.raises(ValueError, match=r"w13 of layer 3: found 1 NaN or negative scales, the first -1 at 523"):
-        check_scales(scales, "w13 of layer 3")
     scales.view(torch.uint8)[0, 1, 2] = 0x7F
-    with pytest.raises(ValueError, match=r"found 2 NaN or negative scales, the first nan at 6"):
-        check_scales(scales)
     back = unpack(pack(codes, scales, gated=False), 128, 64, False)[1]
     assert back[1, 2, 3].isnan() and back[0, 1, 2].isnan() and back.float().isnan().sum() == 2
-    with pytest.raises(ValueError, match="float8_e4m3fn"):
-        check_scales(scales.float())
 
 
 def test_refuses():

@@ -6,6 +6,7 @@ Imported in every process, so SGLang is imported in the functions that need it.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -89,6 +90,8 @@ def check_moe(server_args: Any, previous: Callable[[Any], None]) -> None:
         return
     import sglang.srt.layers.moe.moe_runner.runner  # noqa: F401  registers the core, and finds out whether the name is free
 
+    if MOE_RUNNER_BACKEND_CHOICES.count(MOE_BACKEND) > 1:
+        claim_failed("an entry of that name from another plugin too")
     if _claimed_by:
         raise ConfigError(FLAG, _claimed_by, "one owner of the name; SGLANG_PLUGINS says which plugins are loaded")
     refuse(
@@ -130,15 +133,19 @@ def choose_gdn(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def add_alias(module: Any) -> None:
-    """``--moe-backend`` beside ``--moe-runner-backend``; an unknown name lists the choices, as SGLang's own flag does."""
-    from .hooks import wrap
+    """``--moe-backend`` beside ``--moe-runner-backend``; an unknown name lists the choices, as SGLang's own flag does.
 
-    def around(wrapped: Callable, _instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        result = wrapped(*args, **kwargs)
-        extend_parser(args[0] if args else kwargs["parser"])
-        return result
+    A plain function, no wrapt wrapper: where another plugin wraps this one too (SGLang itself depends on one that does), SGLang's
+    HookRegistry takes what a static method holds, which a wrapper says is the original.
+    """
+    original = module.ServerArgs.add_cli_args
 
-    wrap(module, "ServerArgs.add_cli_args", around)
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> None:
+        original(parser)
+        extend_parser(parser)
+
+    module.ServerArgs.add_cli_args = staticmethod(add_cli_args)
 
 
 def extend_parser(parser: Any) -> None:

@@ -4,7 +4,7 @@ SGLang's standard dispatcher hands over the tokens and, under expert parallelism
 experts that are fused into the routed ones are the last of them. Router weights come with ``routed_scaling_factor`` applied: SGLang does
 that in its top-k where a method says ``fuse_routed_scaling_factor_in_topk``, as both methods of this package do.
 
-On a CPU this has run in SGLang's own layer, dispatcher and runner; the Hopper side, and a whole server, have not run yet.
+On a CPU this has served a model in SGLang's own server; the Hopper side has not run yet.
 """
 
 from __future__ import annotations

@@ -78,6 +78,14 @@ class PluginLayers:
                 hand_over(prefix, reason)
                 return super().get_quant_method(layer, prefix)
             method = moe_cuda.HopperMoEMethod
+        if choice.provider == "flashinfer":
+            from . import moe_blackwell
+
+            static = activations == "nvfp4"
+            if (reason := moe_blackwell.unsupported_reason(layer, static, plugin_config().moe.activations)) is not None:
+                hand_over(prefix, reason)
+                return super().get_quant_method(layer, prefix)
+            method, use_nvfp4 = moe_blackwell.BlackwellMoEMethod, static
         # The reason is the same for every layer of a kind: said once, without the layer's name.
         logger.info_once("NVFP4 %s layers are served by: %s (%s)", kind, choice.provider, choice.reason)
         if choice.provider == "engine":

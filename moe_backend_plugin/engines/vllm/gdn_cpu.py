@@ -11,12 +11,14 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import (
+    _causal_conv1d_update_cpu,
     _conv_buffer_view,
     _cpu_gdn_attention_nonspec,
     _spec_aware_nonspec,
     _spec_aware_nonspec_subset,
     _ssm_state_view,
     _unpacked_conv_weight,
+    is_arm_bf16,
 )
 from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadata
@@ -52,10 +54,9 @@ def _without_drafts(
     if rows:
         # One token a row, so tokens and rows count the same.
         conv, states = _pools(layer)
-        conv_slots = slots.from_vllm_decode(indices, rows, slots.PoolLayout.of(conv))
-        x = gdn_conv_update(mixed_qkv[:tokens], conv, _conv_weight(layer), layer.conv1d.bias, conv_slots, activation=layer.activation)
+        x = _conv(layer, mixed_qkv[:tokens], conv, indices[:rows])
         state_slots = slots.from_vllm_decode(indices, rows, slots.PoolLayout.of(states, order="KV"))
-        gdn_decode(x, a[:tokens], b[:tokens], layer.A_log, layer.dt_bias, states, state_slots, out=out[:tokens])
+        gdn_decode(x, a[:tokens], b[:tokens], layer.A_log, layer.dt_bias, states, state_slots, out=out[:tokens], as_vllm=True)
     if m.num_prefills:
         rest = replace(
             m,
@@ -90,11 +91,32 @@ def _with_drafts(
         mixed_qkv[mine], conv, _conv_weight(layer), layer.conv1d.bias, conv_slots, num_accepted=accepted, activation=layer.activation
     )
     state_slots = slots.from_vllm_spec(indices, accepted, starts, slots.PoolLayout.of(states, order="KV"))
-    out[mine] = gdn_decode(x, a[mine], b[mine], layer.A_log, layer.dt_bias, states, state_slots)
+    # vLLM's kernel for drafts has another step size than its kernel for one token; here drafts must not change the text.
+    out[mine] = gdn_decode(x, a[mine], b[mine], layer.A_log, layer.dt_bias, states, state_slots, as_vllm=True)
     if not alone:
         others = m.non_spec_token_indx.long()
         conv_view, state_view, width = _conv_buffer_view(layer), _ssm_state_view(layer), layer.conv1d.weight.shape[-1]
         out[others] = _spec_aware_nonspec_subset(layer, m, mixed_qkv[others], b[others], a[others], conv_view, state_view, width)
+
+
+def _conv(layer: QwenGatedDeltaNetAttention, x: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The convolution of one token a row: vLLM's own kernel where vLLM would call it, for the same bits as there.
+
+    That kernel has no null rule: a null row (slot 0) rolls the null block's buffer, which is nobody's.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or is_arm_bf16()
+    if native and pool.shape[-1] == layer.conv1d.weight.shape[-1] - 1:
+        return _causal_conv1d_update_cpu(
+            x=x.contiguous(),
+            conv_states=pool,
+            weight=layer.conv1d.weight,
+            bias=layer.conv1d.bias,
+            silu_activation=layer.activation == "silu",
+            conv_state_indices=indices,
+            is_weight_packed=True,
+        )
+    place = slots.from_vllm_decode(indices, len(indices), slots.PoolLayout.of(pool))
+    return gdn_conv_update(x, pool, _conv_weight(layer), layer.conv1d.bias, place, activation=layer.activation)
 
 
 def _pools(layer: QwenGatedDeltaNetAttention) -> tuple[torch.Tensor, torch.Tensor]:

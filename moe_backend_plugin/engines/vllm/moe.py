@@ -93,10 +93,11 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
         name = f"{gemm}_{suffix}"
         seen = self.loaded.setdefault(name, set())
 
-        def where(weight_name: str, shard_id: str, expert_id: int, **_: Any) -> str:
+        # vLLM gives whether to return success by name; its reload gives all by position.
+        def where(weight_name: str, shard_id: str, expert_id: int, *_: Any, **__: Any) -> str:
             return self._tensor_name(layer, expert_id, shard_id, suffix)
 
-        def note(weight_name: str, shard_id: str, expert_id: int, **_: Any) -> None:
+        def note(weight_name: str, shard_id: str, expert_id: int, *_: Any, **__: Any) -> None:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local != -1:
                 seen.add((local, shard_id))
@@ -165,6 +166,9 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
     def _check(self, layer: RoutedExperts) -> None:
         """Refuse what is missing or no number.  Raises CheckpointError with the tensor's checkpoint name."""
         names, width = self.names, self.moe.intermediate_size_per_partition
+        loaded = {name: set(seen) for name, seen in self.loaded.items()}
+        for seen in self.loaded.values():
+            seen.clear()  # weights that are loaded again have to come whole again
         to_global = self._global_ids(layer)
         shards = {"w13": ("w1", "w3") if self.moe.is_act_and_mul else ("w1",), "w2": ("w2",)}
         for gemm, ids in shards.items():
@@ -172,7 +176,7 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
             def name(suffix: str, expert: int, part: int, ids: tuple[str, ...] = ids) -> str:
                 return self._tensor_name(layer, to_global[expert], ids[part], suffix)
 
-            seen = self.loaded[f"{gemm}_{names.weight}"]
+            seen = loaded[f"{gemm}_{names.weight}"]
             for expert, part in itertools.product(range(layer.local_num_experts), range(len(ids))):
                 if (expert, ids[part]) not in seen:
                     raise CheckpointError(name(names.weight, expert, part), MISSING, WEIGHT_ALLOWED)

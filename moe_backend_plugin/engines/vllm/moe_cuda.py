@@ -42,8 +42,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 # --- which layers ----------------------------------------------------------------------------------------------------------------------
 
 
-def unsupported_reason(layer: RoutedExperts, use_nvfp4: bool) -> str | None:
-    """Why the kernels cannot serve this layer, or None. ``use_nvfp4``: activations are to be rounded to NVFP4."""
+def engine_reason(layer: RoutedExperts) -> str | None:
+    """What vLLM is asked to do with this layer that no kernels but its own can, or None."""
     moe = layer.moe_config
     parallel = moe.moe_parallel_config
     if parallel.enable_eplb:
@@ -58,6 +58,15 @@ def unsupported_reason(layer: RoutedExperts, use_nvfp4: bool) -> str | None:
         return "VLLM_BATCH_INVARIANT is set, and these kernels sum in another order for another number of tokens"
     if layer.expert_map_manager.num_fused_shared_experts:
         return "shared experts fused into the routed ones"
+    return None
+
+
+def unsupported_reason(layer: RoutedExperts, use_nvfp4: bool) -> str | None:
+    """Why the kernels cannot serve this layer, or None. ``use_nvfp4``: activations are to be rounded to NVFP4."""
+    if reason := engine_reason(layer):
+        return reason
+    moe = layer.moe_config
+    parallel = moe.moe_parallel_config
     if parallel.use_passthrough_all2all or (parallel.use_all2all_kernels and parallel.all2all_backend not in ALL2ALL):
         return f"--all2all-backend {parallel.all2all_backend}; these kernels work with {' and '.join(ALL2ALL)}"
     if maybe_roundup_layer_hidden_size(moe.hidden_dim, moe.in_dtype, parallel) != moe.hidden_dim:

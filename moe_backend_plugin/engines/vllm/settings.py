@@ -42,4 +42,4 @@ def provider(layer_kind: str, where: str) -> Choice:
     Raises:
         UnsupportedLayerError: ``strict`` forbids the only provider, or the one asked for does not run on this device.
     """
-    return choose_provider(layer_kind, device(), plugin_config(), where=where)
+    return choose_provider(layer_kind, device(), plugin_config(), where=where, drives_flashinfer=True)

@@ -1,0 +1,108 @@
+"""On a GPU: what pycoder-moe and pycoder-next say in SGLang is what transformers says of the same tokens, and what vLLM said.
+
+    python integration/gpu/sglang_text.py --providers sglang                    # first of all: is SGLang alone right?
+    python integration/gpu/sglang_text.py [--models pycoder-moe-nvfp4 ...] [--providers cutedsl sglang] [--vllm-texts FILE] [--out FILE]
+
+A server with decode graphs gets 64 prompts of 256 tokens at once and continues each by 256 greedy tokens (decoded_text.py says how they
+are compared). ``--vllm-texts``: what `moe_text.py --texts FILE` stored in vLLM's environment; the first 32 prompts are compared with it.
+Stores one row a run; exits 1 where the perplexity of prompts or of decoded tokens differs by more than 0.5 % from transformers' on the
+dequantised weights, where fewer than 30 of 32 prompts go on as in vLLM for 64 tokens, or where layers were served by another provider than
+the one asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import sglang_server
+from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, hand_back, measure, record, same_perplexity
+from mixed_load import stop
+
+from moe_backend_plugin.bench.moe import KERNELS
+
+PROVIDERS = ("cutedsl", "sglang")
+PROMPT_TOKENS = 256
+COMPARED, ENOUGH, LENGTHS = 32, 30, (16, 64, 256)
+BOUND_LENGTH = 64
+
+
+async def ask(prompts: Sequence[Sequence[int]]) -> dict:
+    """All prompts at once, in the form of ``decoded_text.generate``."""
+    async with sglang_server.client() as client:
+        answers = await asyncio.gather(*(client.generate(prompt, NEW_TOKENS, score_prompt=True) for prompt in prompts))
+    texts, logprobs = zip(*map(sglang_server.chosen, answers), strict=True)
+    scores = [sglang_server.prompt_scores(answer) for answer in answers]
+    return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
+
+
+def child(name: str, provider: str, attention: str, sampling: str) -> dict:
+    """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
+    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
+
+    model = MODELS / name
+    prompts = windows(load_tokenizer(model), standard_library("verification"), PROMPT_TOKENS, PROMPTS, per_file=2)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        server = sglang_server.start(model, provider, log, "--attention-backend", attention, "--sampling-backend", sampling)
+        try:
+            found = asyncio.run(ask(prompts))
+        finally:
+            stop(server)
+            print(log.read_text(errors="replace"))
+        if unsaid := sglang_server.missing(log, name, provider):
+            raise SystemExit(f"the log does not say: {', '.join(unsaid)}")
+    return found
+
+
+def as_vllm(found: dict, stored: dict) -> dict[str, int]:
+    """How many of the first prompts go on as in vLLM, for the first tokens of each length. Raises SystemExit if the prompts differ."""
+    if [list(prompt) for prompt in found["prompts"]] != stored["prompts"]:
+        raise SystemExit("--vllm-texts: found other prompts; allowed: those of `moe_text.py --texts` from the same tree")
+    pairs = list(zip(found["texts"], stored["texts"], strict=True))[:COMPARED]
+    return {f"as_vllm_{length}": sum(list(ours[:length]) == theirs[:length] for ours, theirs in pairs) for length in LENGTHS}
+
+
+def within(row: dict) -> bool:
+    """The bounds of a row."""
+    served = row["provider"] != "cutedsl" or (row["served_by"] or "").startswith("cutedsl")
+    return same_perplexity(row) and served and row.get(f"as_vllm_{BOUND_LENGTH}", ENOUGH) >= ENOUGH
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=sglang_server.MODELS, default=sglang_server.MODELS)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
+    parser.add_argument("--attention-backend", default="triton")
+    parser.add_argument("--sampling-backend", default="pytorch")
+    parser.add_argument("--vllm-texts", type=Path)
+    parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        hand_back(child(*arguments.child))
+        return
+    stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
+    backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
+    runs = [{"provider": provider, **backends} for provider in arguments.providers]
+
+    def rows(name: str):
+        more = (lambda found: as_vllm(found, stored[name])) if name in stored else None
+        return measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by", more=more)
+
+    record(
+        chain.from_iterable(map(rows, arguments.models)),
+        arguments.out,
+        "python integration/gpu/sglang_text.py",
+        (*KERNELS, "gdn_decode"),
+        within,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Gated-delta-net decode and verification on SGLang's own pool of states, by the tables that its own code writes for a padded graph.
+
+Slots come from SGLang's allocator, rows and padding from its attention backend, the pool's shape and strides from its memory pool; only
+the model around them is absent.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from .test_sglang_cpu import HQ, HV, D, expected
+
+SLOTS, LAYERS, STEPS = 6, 2, 3
+
+
+@pytest.fixture
+def pool(published):
+    """Room for six requests and their drafts, every slot with a state of its own."""
+    from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
+    from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
+
+    sizes = dict(intermediate_size=HV * D, n_groups=HQ, num_heads=HV, head_dim=D, state_size=D, conv_kernel=4)
+    found = HybridReqToTokenPool(
+        size=SLOTS,
+        mamba_size=SLOTS,
+        mamba_spec_state_size=SLOTS,
+        max_context_len=16,
+        device="cpu",
+        enable_memory_saver=False,
+        cache_params=Mamba2CacheParams(shape=Mamba2StateShape.create(tp_world_size=1, **sizes), layers=list(range(LAYERS))),
+        mamba_layer_ids=list(range(LAYERS)),
+        enable_mamba_extra_buffer=False,
+        speculative_num_draft_tokens=STEPS,
+    )
+    found.mamba_pool.mamba_cache.temporal.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
+    return found
+
+
+@pytest.fixture
+def backend(pool, published):
+    """SGLang's backend with this package's kernel in its dispatcher, as a server makes it."""
+    from sglang.srt.layers.attention.linear.gdn_backend import GDNAttnBackend
+    from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
+
+    triton = LinearAttnKernelBackend.TRITON
+    backends = SimpleNamespace(decode=LinearAttnKernelBackend("cutedsl_plugin"), prefill=triton, verify=None)
+    runner = dict(server_args=published, device="cpu", is_draft_worker=False, req_to_token_pool=pool, token_to_kv_pool=None)
+    return GDNAttnBackend(SimpleNamespace(**runner, linear_attn_backends=backends))
+
+
+def requests(pool) -> torch.Tensor:
+    """Rows of three requests, in a pool where others came and went: the last slot is taken, and slots are in no order."""
+    first = pool.mamba_allocator.alloc(SLOTS)
+    pool.mamba_allocator.free(first[[3, 1]])
+    slots = torch.cat([first[[5]], pool.mamba_allocator.alloc(2)]).int()
+    rows = torch.tensor([4, 1, 2, 0])
+    pool.req_index_to_mamba_index_mapping[rows[:3]] = slots
+    assert SLOTS in slots and 0 not in slots and slots.unique().numel() == 3
+    return rows
+
+
+def tokens(count: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(count)
+    shapes = dict(mixed=(count, (2 * HQ + HV) * D), a=(count, HV), b=(count, HV), A_log=(HV,), dt_bias=(HV,))
+    return {name: torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+
+
+def test_decode_of_a_padded_graph(pool, backend):
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    rows = requests(pool)
+    slots = pool.get_mamba_indices(rows[:3]).tolist()
+    backend.init_cuda_graph_state(4, 4)
+    table = backend._replay_metadata(4, rows, ForwardMode.DECODE, None, None, num_padding=1).mamba_cache_indices
+    assert table.tolist() == [*slots, -1] and table.dtype == torch.int32
+    before = pool.mamba_pool.mamba_cache.temporal.clone()
+    x, states = tokens(4), pool.mamba2_layer_cache(1).temporal
+    assert states.data_ptr() == pool.mamba_pool.mamba_cache.temporal[1].data_ptr()
+    out = backend.kernel_dispatcher.packed_decode(
+        mixed_qkv=x["mixed"],
+        a=x["a"],
+        b=x["b"],
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        ssm_states=states,
+        cache_indices=table,
+        scale=D**-0.5,
+        num_v_heads=HV,
+        head_v_dim=D,
+        replayssm_d=None,
+    )
+    theirs = before[1].clone()
+    torch.testing.assert_close(out, expected(x, theirs, table, 1, True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states, theirs, rtol=1e-4, atol=1e-4)
+    assert not out[0, 3].any() and torch.equal(pool.mamba_pool.mamba_cache.temporal[0], before[0])
+    others = [slot for slot in range(SLOTS + 1) if slot not in slots]
+    assert torch.equal(states[others], before[1][others]) and not any(torch.equal(states[slot], before[1][slot]) for slot in slots)
+
+
+def test_verification_of_a_padded_graph(pool, backend):
+    """States of drafts go to the buffer's rows in the order of the batch, whatever slots the requests have."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    rows = requests(pool)
+    slots = pool.get_mamba_indices(rows[:3]).tolist()
+    backend.init_cuda_graph_state(4, 4 * STEPS)
+    drafts = SimpleNamespace(draft_token_num=STEPS, ragged_verify_layout=None, retrieve_next_token=None)
+    metadata = backend._replay_metadata(4, rows, ForwardMode.TARGET_VERIFY, drafts, None, num_padding=1)
+    table, starts = metadata.mamba_cache_indices, metadata.query_start_loc
+    # A padded row has no tokens either, so the graph's last tokens belong to nobody.
+    assert table.tolist() == [*slots, -1] and starts.tolist() == [0, STEPS, 2 * STEPS, 3 * STEPS, 3 * STEPS]
+    cache = pool.mamba2_layer_cache(1)
+    assert cache.intermediate_ssm.shape[1:] == (STEPS, HV, D, D)
+    cache.intermediate_ssm.fill_(7.0)
+    before, x = cache.temporal.clone(), tokens(4 * STEPS)
+    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
+    q, k, v = (part.view(1, 4 * STEPS, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
+    out = backend.kernel_dispatcher.target_verify(
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        q=q,
+        k=k,
+        v=v,
+        a=x["a"],
+        b=x["b"],
+        ssm_states=cache.temporal,
+        cache_indices=table,
+        query_start_loc=starts,
+        intermediate_states_buffer=cache.intermediate_ssm,
+        intermediate_state_indices=backend.verify_intermediate_state_indices[:4],
+        cache_steps=STEPS,
+        retrieve_parent_token=None,
+        stable_rows=False,
+    )
+    live = {name: tensor[: 3 * STEPS] if name in ("mixed", "a", "b") else tensor for name, tensor in x.items()}
+    theirs = torch.full((3, STEPS, HV, D, D), 7.0)
+    torch.testing.assert_close(out[:, : 3 * STEPS], expected(live, before, table[:3], STEPS, False, theirs), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cache.intermediate_ssm[:3], theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cache.temporal, before) and (cache.intermediate_ssm[3:] == 7).all()

@@ -1,0 +1,54 @@
+"""What the scripts of integration/gpu send to SGLang, as SGLang reads it; its server starts on a GPU only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import MODELS
+
+GPU = Path(__file__).resolve().parents[1] / "gpu"
+
+
+@pytest.fixture(scope="module")
+def server():
+    sys.path.insert(0, str(GPU))
+    import sglang_server
+
+    yield sglang_server
+    sys.path.remove(str(GPU))
+
+
+@pytest.mark.parametrize(("provider", "runner", "decode"), [("cutedsl", "cutedsl", "cutedsl_plugin"), ("sglang", "marlin", "triton")])
+def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
+    command = server.command(MODELS / "pycoder-next-nvfp4", provider, ["--attention-backend", "triton", "--sampling-backend", "pytorch"])
+    assert command[1:3] == ["-m", "sglang.launch_server"]
+    made = sglang.prepare_server_args(command[3:])
+    assert (made.moe_runner_backend, made.linear_attn_decode_backend) == (runner, decode)
+    assert (made.attention_backend, made.sampling_backend, made.max_running_requests) == ("triton", "pytorch", 256)
+    assert not made.disable_radix_cache and not made.disable_cuda_graph and not made.disable_decode_cuda_graph
+
+
+@pytest.mark.parametrize("options", [{}, {"tops": 5}, {"score_prompt": True}, {"stream": True}])
+def test_requests_are_sglangs(sglang, server, options):
+    """The server's own check of a body, and the type that it becomes."""
+    from sglang.srt.entrypoints.http_server import GenerateReqInput, generate_contract_error
+
+    body = server.payload([1, 2, 3], 4, **options)
+    assert generate_contract_error(body) is None
+    made = GenerateReqInput(**body)
+    made.normalize_batch_and_arguments()
+    assert made.input_ids == [1, 2, 3] and made.sampling_params["max_new_tokens"] == 4 and made.return_logprob
+    assert made.top_logprobs_num == options.get("tops", 0) and made.logprob_start_len == (0 if options.get("score_prompt") else -1)
+
+
+def test_entries_of_logprobs_are_read_as_sglang_writes_them(sglang, server):
+    """(log-probability, token, text), from the function that fills an answer."""
+    from types import SimpleNamespace
+
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    entries = TokenizerManager.detokenize_logprob_tokens(SimpleNamespace(tokenizer=None), [-0.5, -0.25], [7, 8], False)
+    assert server.chosen({"meta_info": {"output_token_logprobs": entries}}) == ([7, 8], [-0.5, -0.25])

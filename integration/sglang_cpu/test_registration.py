@@ -1,0 +1,188 @@
+"""How this package gets into SGLang's own processes, and what they say to bad input: one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_backend_plugin.device import Device
+from moe_backend_plugin.errors import PluginError
+
+from .conftest import MODELS
+
+MOE_MODEL, NEXT_MODEL = MODELS / "pycoder-moe-nvfp4", MODELS / "pycoder-next-nvfp4"
+EXAMPLE = Path(__file__).resolve().parents[2] / "deploy/moe-backend-plugin.yaml"
+FLAG = "--moe-runner-backend cutedsl: found "
+
+
+@pytest.fixture
+def serve(sglang):
+    """The last line of ``sglang serve ARGUMENTS``, a process of its own that has to fail."""
+
+    def run(*arguments: object, **environment: str) -> str:
+        command = [str(Path(sys.executable).with_name("sglang")), "serve", "--device", "cpu", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240)
+        assert done.returncode
+        return done.stderr.strip().splitlines()[-1]
+
+    return run
+
+
+def config_with(folder: Path, quantization: dict | None) -> Path:
+    """A folder with the small model's config.json but for its quantisation: what is looked at before any weight is."""
+    config = json.loads((MOE_MODEL / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": quantization} if quantization else {})))
+    return folder
+
+
+def test_sglang_finds_the_plugin(sglang):
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.plugins import GENERAL_PLUGINS_GROUP, load_plugins_by_group
+
+    from moe_backend_plugin.engines.sglang import register
+
+    assert load_plugins_by_group(GENERAL_PLUGINS_GROUP)["moe_backend_plugin"] == (register, "moe-backend-plugin")
+    for name, known in (("cutedsl", choices.MOE_RUNNER_BACKEND_CHOICES), ("cutedsl_plugin", choices.LINEAR_ATTN_KERNEL_BACKEND_CHOICES)):
+        assert known.count(name) == 1
+
+
+def test_the_runner_is_in_sglangs_registry(sglang):
+    from sglang.srt.layers.moe.moe_runner import runner
+
+    from moe_backend_plugin.engines.sglang.moe import PluginRunnerCore
+
+    with pytest.raises(ValueError, match="cutedsl"):
+        runner.register_moe_runner_core("cutedsl", PluginRunnerCore)
+
+
+# SGLang's default way to keep states needs a GPU to copy them.
+GDN = dict(model=NEXT_MODEL, moe_runner_backend="cutedsl", mamba_radix_cache_strategy="no_buffer", disable_overlap_schedule=True)
+
+# --- one configuration file for both engines ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path):
+    """Write the plugin's file, as this process would have found it at its start."""
+    from moe_backend_plugin.engines.sglang import settings
+
+    def write(text: str) -> None:
+        (tmp_path / "plugin.yaml").write_text(text)
+        monkeypatch.setenv("MOE_BACKEND_PLUGIN_CONFIG", str(tmp_path / "plugin.yaml"))
+        settings.plugin_config.cache_clear()
+
+    yield write
+    settings.plugin_config.cache_clear()
+
+
+def test_the_file_that_vllm_reads_is_read(arguments, settings):
+    from moe_backend_plugin.engines.sglang.settings import plugin_config
+
+    settings(EXAMPLE.read_text().replace("tactics: cache", "tactics: heuristic"))
+    assert arguments(MOE_MODEL, moe_runner_backend="cutedsl").moe_runner_backend == "cutedsl"
+    assert plugin_config().moe.tactics == "heuristic"
+
+
+@pytest.mark.parametrize(("provider", "expected"), [("auto", None), ("cutedsl", "cutedsl_plugin")])
+def test_the_file_chooses_the_gdn_kernels(arguments, settings, provider, expected):
+    settings(f"gdn: {{provider: {provider}}}\n")
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    assert resolved_view(arguments(**GDN)).linear_attn_decode_backend == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("moe: {provider: engine}\n", "moe.provider 'engine'"),
+        ("moe: {providr: auto}\n", "moe.providr"),
+        ("gdn: {provider: engine}\n", "gdn.provider 'engine'"),
+    ],
+)
+def test_a_file_that_contradicts_the_flags_is_refused(arguments, settings, text, words):
+    settings(text)
+    with pytest.raises(PluginError) as error:
+        arguments(**GDN, linear_attn_decode_backend="cutedsl_plugin")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (None, "a checkpoint without quantisation (bf16 or fp16 weights); allowed: an NVFP4 checkpoint"),
+        (
+            {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+            "quantization 'fp8'; allowed: modelopt_fp4, modelopt_mixed, compressed-tensors: an NVFP4 checkpoint",
+        ),
+    ],
+)
+def test_a_model_of_another_kind(arguments, tmp_path, quantization, words):
+    with pytest.raises(PluginError) as error:
+        arguments(config_with(tmp_path, quantization), moe_runner_backend="cutedsl")
+    assert str(error.value).startswith(FLAG + words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100", (8, 0)), ("NVIDIA B200", (10, 0)), ("NVIDIA RTX PRO 6000", (12, 0))])
+def test_an_unsupported_gpu(arguments, monkeypatch, name, capability):
+    from moe_backend_plugin.engines.sglang import settings
+
+    monkeypatch.setattr(settings, "device", lambda: Device("cuda", name, 80 << 30, capability))
+    with pytest.raises(PluginError) as error:
+        arguments(MOE_MODEL, moe_runner_backend="cutedsl")
+    assert str(error.value).startswith(f"{FLAG}{name} (sm{capability[0]}{capability[1]}); allowed: a GPU of compute capability 9.0")
+
+
+def test_a_server_says_it_in_its_last_line(serve, tmp_path):
+    """Through the program, a configuration file and every plugin that comes with SGLang."""
+    model = config_with(tmp_path, None)
+    (tmp_path / "server.yaml").write_text("moe-backend: cutedsl\n")
+    last = serve("--model-path", model, "--config", tmp_path / "server.yaml")
+    assert last.startswith(f"moe_backend_plugin.errors.ConfigError: {FLAG}a checkpoint without quantisation")
+
+
+def test_another_plugin_claims_the_name_first(serve, tmp_path):
+    """A second distribution with a runner of the same name, which SGLang loads before this package."""
+    (tmp_path / "rival-1.0.dist-info").mkdir()
+    (tmp_path / "rival-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 1.0\n")
+    (tmp_path / "rival-1.0.dist-info/entry_points.txt").write_text("[sglang.srt.plugins]\nrival = rival:register\n")
+    (tmp_path / "rival.py").write_text(
+        "def register():\n"
+        "    from sglang.srt.arg_groups.choices import add_moe_runner_backend_choices\n"
+        "    add_moe_runner_backend_choices(['cutedsl'])\n"
+    )
+    last = serve("--model-path", MOE_MODEL, "--moe-backend", "cutedsl", PYTHONPATH=str(tmp_path))
+    assert last.startswith(f"moe_backend_plugin.errors.ConfigError: {FLAG}") and "one owner of the name" in last
+
+
+def test_another_plugin_claims_the_name_later(arguments, monkeypatch):
+    from sglang.srt.arg_groups import choices
+
+    from moe_backend_plugin.engines.sglang import arguments as ours
+
+    monkeypatch.setattr(ours, "_claimed_by", None)
+    choices.add_moe_runner_backend_choices(["cutedsl"])
+    try:
+        with pytest.raises(PluginError) as error:
+            arguments(MOE_MODEL, moe_runner_backend="cutedsl")
+    finally:
+        choices.MOE_RUNNER_BACKEND_CHOICES.pop()
+    expected = "an entry of that name from another plugin too; allowed: one owner of the name; SGLANG_PLUGINS says which plugins are loaded"
+    assert str(error.value) == FLAG + expected
+
+
+def test_a_missing_engine(tmp_path):
+    """The entry point where SGLang is not there; every plugin of a process is called, whichever engine it is."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sglang'] = None\n")
+    code = "from moe_backend_plugin.engines.sglang import register; register()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    expected = "moe_backend_plugin.errors.ConfigError: engine: found no SGLang; allowed: SGLang 0.5.22 or 0.5.23; pip install "
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(expected)

@@ -1,0 +1,295 @@
+"""Does this machine's expert kernel compute what its formula says? Every tactic against the reference, before it serves anybody.
+
+:func:`rows` is for people (``moe-backend verify --kernels``): all that the machine has. :func:`require` is for servers on
+Blackwell. Their kernels come from another package, in any version, and the authors of this one never ran them: a layer of the served
+shape with a few experts goes through every tactic that calls can meet, and what is wrong ends the start of the server in one line.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..device import FLASHINFER
+from ..errors import UnsupportedLayerError
+from ..nvfp4.blackwell import ActivationScales
+from ..nvfp4.format import quantize
+from . import balanced, blackwell, reference
+from .problem import Activation, MoEProblem
+
+W4A16, W4A4 = (4e-3, 3e-2), (5e-2, 2e-1)
+"""Largest relative errors in the norm: of all rows, and of any single one. A kernel may divide approximately, and a value that lies between
+two of E2M1's then goes to the other, a third away, so W4A4 has wider ones; a layout, scale or row that is wrong is off by far more."""
+EXPERTS, TOP_K = 8, 2
+TOKENS = (1, 5, 300)
+"""One token; fewer than experts; full tiles and partial ones."""
+
+
+class Row(NamedTuple):
+    """One comparison. reason: why it is wrong, or None. max_abs, relative: largest error of an element, and of all in the norm."""
+
+    kernel: str
+    case: str
+    tactic: str
+    tokens: int
+    reason: str | None
+    max_abs: float
+    relative: float
+
+
+class Layer(NamedTuple):
+    """A layer's checkpoint, and a call of it: arguments as :func:`.reference.fused_moe`'s."""
+
+    problem: MoEProblem
+    weights: tuple[Tensor, ...]
+    input_scales: tuple[Tensor, Tensor] | None
+    x: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+
+    def right(self, by_token: bool = False, exact: bool = False) -> Tensor:
+        """The output in float32. ``by_token``: with a scale a token instead of the static ones. ``exact``: nothing is rounded to x's dtype,
+        the second projection's input neither."""
+        w13, w2 = (None, None) if by_token else self.input_scales or (None, None)
+        x = self.x.float() if exact else self.x
+        arguments = (x, *self.weights, self.topk_weights, self.topk_ids, self.problem)
+        return reference.fused_moe(*arguments, w13_input_scale=w13, w2_input_scale=w2, by_token=by_token).float()
+
+
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Engines build their models with defaults of their own: another dtype, another device, inference mode."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def layer(problem: MoEProblem, tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Layer:
+    """A random layer whose experts all are local, the same on every machine of a kind; ids outside the experts among its choices."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def projection(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = [
+            quantize(torch.randn(rows, columns, device=device, generator=generator) / math.sqrt(columns) * (1 + 0.1 * expert))
+            for expert in range(problem.num_experts)
+        ]
+        return tuple(torch.stack([getattr(one, part) for one in found]) for part in ("packed", "scale", "scale_2"))  # type: ignore[return-value]
+
+    w13, w13_scale, first = projection(problem.w13_rows, problem.hidden)
+    w2, w2_scale, second = projection(problem.hidden, problem.intermediate)
+    experts, halves = problem.num_experts, 2 if problem.activation.gated else 1
+    weights = (w13, w13_scale, first.view(-1, 1).expand(-1, halves).contiguous(), w2, w2_scale, second)
+    x = torch.randn(tokens, problem.hidden, device=device, generator=generator).to(dtype)
+    scales = None
+    if problem.activation_precision == "nvfp4":
+        # One for all: the kernels have no other. Of order of the values' largest.
+        scales = tuple(torch.full(shape, amax / 2688, device=device) for shape, amax in (((experts, halves), 5.0), ((experts,), 8.0)))
+    chosen, ids = (part.to(device) for part in balanced.routing(problem, tokens, seed=seed))
+    if tokens > 2:
+        ids[1, 0], ids[2, -1] = -1, problem.num_experts + 7
+    return Layer(problem, weights, scales, x, chosen, ids)
+
+
+def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> tuple[str | None, float, float]:
+    """(why ``out`` [M, H] is wrong, or None; largest error of an element; relative error in the norm)."""
+    if bad := int((~out.isfinite()).sum()):
+        return f"not finite: {bad} of {out.numel()} values", math.nan, math.nan
+    error, norm = out.float() - right, right.norm(dim=1)
+    typical = norm.square().mean().sqrt().clamp_min(1e-30)
+    relative = float(error.norm() / right.norm().clamp_min(1e-30))
+    worst = float((error.norm(dim=1) / norm.clamp_min(0.1 * typical)).max())
+    if relative <= bounds[0] and worst <= bounds[1]:
+        return None, float(error.abs().max()), relative
+    found = f"wrong: relative error {relative:.1e}, of the worst row {worst:.1e}; allowed {bounds[0]:.0e}, {bounds[1]:.0e}"
+    return found, float(error.abs().max()), relative
+
+
+# --- Blackwell --------------------------------------------------------------------------------------------------------
+
+
+def blackwell_rows(
+    problem: MoEProblem,
+    device: torch.device,
+    tactics: Sequence[blackwell.Tactic] | None = None,
+    scales: Sequence[ActivationScales] = ("static", "token"),
+    tokens: Sequence[int] = TOKENS,
+    flashinfer: blackwell.Library | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[Row]:
+    """Every tactic (default: all that are valid) of a small layer with all experts local, with static scales and with a scale a token.
+
+    A tactic whose sums have an order must give the same bits again. An error that FlashInfer raises is a row's reason.
+    """
+    for count in tokens:
+        made = layer(problem, count, device, dtype)
+        for kind in scales:
+            # With static scales the kernels round the first projection's float32 sums, with a scale a token those in x's dtype.
+            right = made.right(by_token=kind == "token", exact=kind == "static")
+            weights = blackwell.pack(problem, *made.weights, *(made.input_scales if kind == "static" else ()))
+            blackwell.prepare(problem, made.x.dtype, device, count, kind)
+            for tactic in tactics or blackwell.every(problem):
+
+                def call(tactic: blackwell.Tactic = tactic, weights: blackwell.Weights = weights, made: Layer = made) -> Tensor:
+                    out = torch.full_like(made.x, math.nan)
+                    blackwell.fused_moe(
+                        *(made.x, weights, made.topk_weights, made.topk_ids, problem, out), tactic=tactic, flashinfer=flashinfer
+                    )
+                    return out
+
+                case = f"{_case(problem)}, {'one scale' if kind == 'static' else 'a scale a token'}"
+                try:
+                    first = call()
+                    reason, max_abs, relative = compare(first, right, W4A4)
+                    if reason is None and tactic.ordered and not torch.equal(first, call()):
+                        reason = "not repeatable"
+                except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+                    reason, max_abs, relative = f"fails: {type(error).__name__}: {_first_line(error)}", math.nan, math.nan
+                yield Row("flashinfer", case, tactic.name, count, reason, max_abs, relative)
+
+
+def _case(problem: MoEProblem) -> str:
+    a = problem.activation
+    limit = "" if a.limit is None else f" limit {a.limit:g}"
+    return f"{problem.hidden}x{problem.intermediate} {a.kind}{limit}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+@cache
+def _wrong(
+    problem: MoEProblem,
+    device: torch.device,
+    met: tuple[blackwell.Tactic, ...],
+    scales: ActivationScales,
+    flashinfer: blackwell.Library | None,
+    dtype: torch.dtype,
+) -> Row | None:
+    """The first row that is wrong."""
+    with _plain_torch():
+        rows = blackwell_rows(problem, device, met, (scales,), flashinfer=flashinfer, dtype=dtype)
+        return next((row for row in rows if row.reason), None)
+
+
+def require(
+    problem: MoEProblem,
+    device: torch.device,
+    max_tokens: int,
+    scales: ActivationScales,
+    ordered: bool = False,
+    where: str = "NVFP4 MoE layers",
+    flashinfer: blackwell.Library | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Run what calls of up to ``max_tokens`` tokens can meet on a few experts of the problem's shape, once a process; returns how many
+    tactics that are.
+
+    Raises UnsupportedLayerError (a ValueError), one line, if any gives a wrong output: such a server must not start.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("kernel check: found a graph under capture; allowed: before the first request")
+    met = tuple(blackwell.tactics_met(problem, max_tokens, ordered))
+    small = replace(problem, num_experts=EXPERTS, num_local_experts=EXPERTS, top_k=1 if problem.apply_router_weight_on_input else TOP_K)
+    if row := _wrong(small, device, met, scales, flashinfer, dtype):
+        found = f"FlashInfer's kernel {row.tactic} at {row.tokens} tokens ({row.case}) {row.reason}"
+        raise UnsupportedLayerError(where, found, "kernels that agree with the reference (another FlashInfer, or moe.provider: engine)")
+    return len(met)
+
+
+# --- whatever this machine has ----------------------------------------------------------------------------------------
+
+ACTIVATIONS = (Activation(), Activation(limit=0.7), Activation("swigluoai", 1.702, 1.0, 7.0), Activation("relu2"))
+
+
+def rows(device: torch.device) -> Iterator[Row]:
+    """Every tactic of the expert kernels of ``device``."""
+    if device.type != "cuda":
+        yield from cpu_rows()
+        return
+    if torch.cuda.get_device_capability(device) in FLASHINFER:
+        for activation in ACTIVATIONS:
+            problem = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K, activation, "nvfp4")
+            yield from blackwell_rows(problem, device)
+        return
+    yield from hopper_rows(device)
+
+
+def hopper_rows(device: torch.device, tokens: Sequence[int] = TOKENS) -> Iterator[Row]:
+    """Every shape that a tactic can cut either projection into, on one small layer, and the heuristic's tactics with every activation."""
+    from ..kernels import compile as kernels
+    from . import cuda, route, tactics, tiles, workspace
+
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    for number, activation in enumerate(ACTIVATIONS):
+        problem = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K, activation)
+        found = [tiles.choose(problem, count, multiprocessors) for count in tokens]
+        if number == 0:
+            pairs = (tiles.Choice(shape, shape) for tile in tactics.TILE_TOKENS for shape in tactics.shapes(tile))
+            found += [tactic for tactic in pairs if tactics.validity(problem, tactic) is None]
+        found = list(dict.fromkeys(found))
+        _prepare_hopper(problem, found, device, max(tokens), kernels, cuda, route, tactics, workspace)
+        for count in tokens:
+            made = layer(problem, count, device)
+            right, packed = made.right(), _hopper_weights(made, cuda)
+            for tactic in found:
+                out = torch.full_like(made.x, math.nan)
+                again = out.clone()
+                try:
+                    for target in (out, again):
+                        cuda.fused_moe(made.x, packed, made.topk_weights, made.topk_ids, problem, target, choice=tactic)
+                    reason, max_abs, relative = compare(out, right, W4A16)
+                    if reason is None and not torch.equal(out, again):
+                        reason = "not repeatable"
+                except (RuntimeError, ValueError) as error:
+                    if type(error).__name__ == "AcceleratorError":  # of the device: nothing after it means anything
+                        raise
+                    reason, max_abs, relative = f"fails: {type(error).__name__}: {_first_line(error)}", math.nan, math.nan
+                yield Row("moe_gemm", _case(problem), tactics.name(tactic), count, reason, max_abs, relative)
+
+
+def _prepare_hopper(problem, found, device, max_tokens, kernels, cuda, route, tactics, workspace) -> None:
+    needed = dict.fromkeys(variant for tactic in found for variant in cuda.variants_of(problem, torch.bfloat16, tactic))
+    kernels.prepare(cuda.GEMM, needed, "sm_90a")
+    cuda.prepare(problem, torch.bfloat16, torch.int32, device, max_tokens, False)
+    plan = tactics.largest_plan(problem, max_tokens, found, torch.bfloat16, route.scratch_ints)
+    workspace.Arena.get(device, plan.bytes, cuda.EVERY_STREAM)
+
+
+def _hopper_weights(made: Layer, cuda):
+    from ..nvfp4 import hopper
+
+    w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = made.weights
+    gated = made.problem.activation.gated
+    return cuda.Weights(hopper.pack(w13, w13_scale, gated=gated), w13_scale_2, hopper.pack(w2, w2_scale, gated=False), w2_scale_2)
+
+
+def cpu_rows(tokens: Sequence[int] = (1, 5, 70)) -> Iterator[Row]:
+    """This package's torch operator: W4A16 and W4A4, every activation, float32 and bfloat16."""
+    from .op import nvfp4_moe, prepare
+
+    for precision in ("bf16", "nvfp4"):
+        for activation in ACTIVATIONS:
+            problem = MoEProblem(EXPERTS, EXPERTS, 128, 64, TOP_K, activation, precision)
+            for dtype in (torch.float32, torch.bfloat16):
+                for count in tokens:
+                    made = layer(problem, count, torch.device("cpu"), dtype)
+                    w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = made.weights
+                    w13, w13_scale, w2, w2_scale = prepare(w13, w13_scale, w2, w2_scale)
+                    scales = dict(zip(("w13_input_scale", "w2_input_scale"), made.input_scales or (None, None), strict=True))
+                    weights = (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)
+                    out = nvfp4_moe(made.x, *weights, made.topk_weights, made.topk_ids, activation, **scales)
+                    found = compare(out, made.right(), W4A4 if precision == "nvfp4" else W4A16)
+                    name = str(dtype).removeprefix("torch.")
+                    yield Row("nvfp4_moe", f"{_case(problem)}, activations {precision}", name, count, *found)

@@ -1,0 +1,175 @@
+"""What the scripts of integration/gpu decide without a GPU: what counts as a changed answer, and what is within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The modules, imported as the scripts import each other."""
+    sys.path.insert(0, str(ROOT / "integration/gpu"))
+    import mixed_load
+    import sglang_server
+    import sglang_text
+
+    yield type("Scripts", (), {"load": mixed_load, "server": sglang_server, "text": sglang_text})
+    sys.path.remove(str(ROOT / "integration/gpu"))
+
+
+class Recorded:
+    """A client that gives recorded answers, one after the other; an exception is raised."""
+
+    def __init__(self, *answers) -> None:
+        self.answers = list(answers)
+        self.aborted: list[tuple[list[int], int]] = []
+
+    async def answer(self, prompt, tokens):
+        found = self.answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def give_up(self, prompt, tokens, after):
+        self.aborted.append((prompt, after))
+
+
+def test_a_changed_answer_is_told_from_a_tie(scripts):
+    """Answers that part where two tokens were all but tied are no error; any other change is, wherever it begins."""
+    Answer = scripts.load.Answer
+    alone = Answer([5, 6, 7], [{5: -0.1, 9: -0.2}, {6: -0.1, 8: -3.0}, {7: -0.1}])
+    client = Recorded(
+        Answer([5, 6, 7], [], cached=2), Answer([9, 1, 1], [], cached=3), Answer([5, 8, 1], []), Answer([5, 6, 1], []), OSError("reset")
+    )
+    load = scripts.load.Load(client, [[1, 2]], [3])
+    load.alone = [alone]
+
+    async def ask():
+        for _ in range(4):
+            await load.one(0)
+        await load.abort(0, 2)
+        with pytest.raises(OSError, match="reset"):
+            await load.one(0)
+
+    asyncio.run(ask())
+    assert (load.done, load.equal, load.tokens, load.cached, load.aborted) == (4, 1, 12, 5, 1)
+    assert [entry[1] for entry in load.ties] == [0] and [entry[1] for entry in load.wrong] == [1, 2]
+    assert load.wrong[0][2] == pytest.approx(2.9) and load.wrong[1][2] == float("inf")
+    assert client.aborted == [([1, 2], 2)]
+
+
+def test_workers_note_errors_and_go_on(scripts):
+    load = scripts.load.Load(Recorded(*[OSError("reset")] * 1000), [[1]], [4])
+    load.alone = [None]
+
+    async def work():
+        import time
+
+        await load.worker(0, time.monotonic() + 0.05)
+
+    asyncio.run(work())
+    assert load.errors and set(load.errors) <= {"OSError: reset", "IndexError: pop from empty list"} and load.aborted
+
+
+def test_texts_are_compared_with_vllms(scripts):
+    ours = {"prompts": [[1], [2], [3]], "texts": [[7] * 256, [7] * 64 + [8] * 192, [8] * 256]}
+    stored = {"prompts": [[1], [2], [3]], "texts": [[7] * 256] * 3}
+    assert scripts.text.as_vllm(ours, stored) == {"as_vllm_16": 2, "as_vllm_64": 2, "as_vllm_256": 1}
+    with pytest.raises(SystemExit, match="other prompts"):
+        scripts.text.as_vllm({**ours, "prompts": [[1], [2], [4]]}, stored)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"relative_perplexity": 0.006}, False),
+        ({"prompt_relative_perplexity": -0.006}, False),
+        ({"as_vllm_64": 29}, False),
+        ({"as_vllm_64": 30, "as_vllm_256": 20}, True),
+        ({"served_by": None}, False),
+        ({"served_by": None, "provider": "sglang"}, True),
+    ],
+)
+def test_bounds_of_a_text_row(scripts, change, expected):
+    row = {"provider": "cutedsl", "relative_perplexity": 0.001, "prompt_relative_perplexity": 0.0, "served_by": "cutedsl (x)"}
+    assert scripts.text.within(row | change) is expected
+
+
+def test_the_log_has_to_name_the_kernels(scripts, tmp_path):
+    log = tmp_path / "server.log"
+    log.write_text("NVFP4 moe layers are served by: cutedsl (sm90)\n")
+    assert scripts.server.missing(log, "pycoder-moe-nvfp4", "cutedsl") == []
+    assert scripts.server.missing(log, "pycoder-next-nvfp4", "cutedsl") == ["Gated-delta-net decode is served by"]
+    assert scripts.server.missing(log, "pycoder-next-nvfp4", "sglang") == []
+
+
+# --- /generate, as a server answers: SGLang's own starts on a GPU only ------------------------------------------------------------------
+
+
+def answer(tokens: int, text: str = "x") -> dict:
+    entries = [[-0.5, 10 + i, "t"] for i in range(tokens)]
+    tops = [[[-0.5, 10 + i, "t"], [-1.5, 99, "u"]] for i in range(tokens)]
+    prompt = [[None, 1, "a"], [-2.0, 2, "b"]]
+    meta = {"output_token_logprobs": entries, "output_top_logprobs": tops, "input_token_logprobs": prompt, "cached_tokens": 1}
+    return {"text": text, "output_ids": [entry[1] for entry in entries], "meta_info": meta}
+
+
+def test_answers_of_sglang_are_read(scripts):
+    found = answer(2)
+    assert scripts.server.chosen(found) == ([10, 11], [-0.5, -0.5])
+    assert scripts.server.prompt_scores(found) == [-2.0]
+    assert scripts.server.alternatives(found) == [{10: -0.5, 99: -1.5}, {11: -0.5, 99: -1.5}]
+
+
+def test_the_client_refuses_short_answers_and_leaves_streams(scripts, monkeypatch):
+    """An empty text and a short answer are errors, a refused request too; a stream is left while it still goes on."""
+    from aiohttp import web
+
+    asked, left = [], asyncio.Event()
+
+    async def generate(request):
+        body = await request.json()
+        asked.append(body)
+        if body["input_ids"] == [400]:
+            return web.json_response({"error": {"message": "no"}}, status=400)
+        if not body["stream"]:
+            return web.json_response(answer(body["input_ids"][0], "" if body["input_ids"] == [4] else "x"))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"data: " + json.dumps(answer(1)).encode() + b"\n\n")
+                await asyncio.sleep(0.005)
+        finally:
+            left.set()
+
+    async def run():
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        monkeypatch.setattr(scripts.server, "PORT", runner.addresses[0][1])
+        async with scripts.server.client() as client:
+            assert scripts.server.chosen(await client.generate([3], 3))[0] == [10, 11, 12]
+            with pytest.raises(RuntimeError, match="3 tokens of 5"):
+                await client.generate([3], 5)
+            with pytest.raises(RuntimeError, match="text ''"):
+                await client.generate([4], 4)
+            with pytest.raises(RuntimeError, match="status 400"):
+                await client.generate([400], 4)
+            await client.give_up([1], 100, 3)
+            await asyncio.wait_for(left.wait(), 10)
+        await runner.cleanup()
+
+    asyncio.run(run())
+    assert asked[0] == scripts.server.payload([3], 3) and asked[-1]["stream"]

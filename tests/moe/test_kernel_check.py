@@ -1,0 +1,146 @@
+"""The self-check: right kernels pass, wrong ones are named, and a server with wrong ones does not start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flashinfer_emulation import Emulation
+
+from moe_backend_plugin.errors import UnsupportedLayerError
+from moe_backend_plugin.moe import blackwell, kernel_check
+from moe_backend_plugin.moe.problem import Activation, MoEProblem
+
+CPU = torch.device("cpu")
+PROBLEM = MoEProblem(256, 32, 256, 64, 8, Activation(), "nvfp4")
+SMALL = replace(PROBLEM, num_experts=8, num_local_experts=8, top_k=2)
+WRONG = ("gate and up swapped", "output not zeroed", "last row left out")
+
+
+def rows(wrong: str = "", **more):
+    return list(kernel_check.blackwell_rows(SMALL, CPU, flashinfer=Emulation(wrong=wrong).library(), **more))
+
+
+def test_right_kernels_pass_with_every_tactic():
+    found = rows(tokens=(5,))
+    assert [row.reason for row in found] == [None] * len(found) and len(found) == 2 * len(blackwell.every(SMALL))
+    assert {row.tactic for row in found} == {tactic.name for tactic in blackwell.every(SMALL)}
+    assert all(0 < row.relative < kernel_check.W4A4[0] for row in found)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_seen_in_every_call(wrong):
+    found = rows(wrong, tokens=(1, 40), tactics=(blackwell.Tactic(),))
+    assert len(found) == 4 and all(row.reason and row.reason.startswith(("wrong", "not finite")) for row in found)
+
+
+def test_an_error_of_the_library_is_a_reason():
+    def refuse(**_):
+        raise NotImplementedError("not on this device\nmore")
+
+    library = Emulation().library()._replace(second=refuse)
+    found = list(kernel_check.blackwell_rows(SMALL, CPU, (blackwell.Tactic(),), ("static",), (1,), library))
+    assert [row.reason for row in found] == ["fails: NotImplementedError: not on this device"]
+
+
+def test_sums_with_an_order_must_repeat():
+    emulation = Emulation()
+    library, calls = emulation.library(), []
+
+    def unsteady(**arguments):
+        emulation.combine(**arguments)
+        calls.append(1)
+        arguments["output"][0, 0] *= 1 + 2**-7 * (len(calls) % 2)
+
+    found = list(
+        kernel_check.blackwell_rows(SMALL, CPU, (blackwell.Tactic(ordered=True),), ("static",), (5,), library._replace(combine=unsteady))
+    )
+    assert [row.reason for row in found] == ["not repeatable"]
+
+
+def test_a_server_starts_with_right_kernels_after_one_check_a_shape():
+    emulation = Emulation()
+    library = emulation.library()
+    assert kernel_check.require(PROBLEM, CPU, 64, "static", flashinfer=library, where="model.layers.0") == 1
+    made = len(emulation.calls)
+    assert made and kernel_check.require(PROBLEM, CPU, 64, "static", flashinfer=library, where="model.layers.1") == 1
+    assert len(emulation.calls) == made
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_server_with_wrong_kernels_does_not_start(wrong):
+    library = Emulation(wrong=wrong).library()
+    message = r"^model.layers.3: found FlashInfer's kernel s128.*; allowed: kernels that agree with the reference .*moe.provider: engine\)$"
+    with pytest.raises(UnsupportedLayerError, match=message) as error:
+        kernel_check.require(PROBLEM, CPU, 64, "static", where="model.layers.3", flashinfer=library)
+    assert "\n" not in str(error.value)
+
+
+def test_an_engines_defaults_do_not_matter():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            assert kernel_check.require(PROBLEM, CPU, 32, "token", flashinfer=Emulation().library()) == 1
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_cpus_operator_passes():
+    found = list(kernel_check.cpu_rows(tokens=(5,)))
+    assert len(found) == 16 and not [row for row in found if row.reason]
+    assert {row.case.partition("activations ")[2] for row in found} == {"bf16", "nvfp4"}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """``moe.cuda`` over the reference, and the tactics it was called with; nothing is compiled."""
+    from types import SimpleNamespace
+
+    from moe_backend_plugin.moe import cuda, reference
+    from moe_backend_plugin.nvfp4 import hopper
+
+    called = []
+
+    def fused_moe(x, weights, topk_weights, topk_ids, problem, out, expert_map=None, choice=None):
+        called.append(choice)
+        w13 = hopper.unpack(weights.w13, problem.w13_rows, problem.hidden, problem.activation.gated)
+        w2 = hopper.unpack(weights.w2, problem.hidden, problem.intermediate, False)
+        out.copy_(reference.fused_moe(x, *w13, weights.w13_scale_2, *w2, weights.w2_scale_2, topk_weights, topk_ids, problem, expert_map))
+
+    monkeypatch.setattr(cuda, "fused_moe", fused_moe)
+    monkeypatch.setattr(kernel_check, "_prepare_hopper", lambda *_: None)
+    monkeypatch.setattr(kernel_check, "ACTIVATIONS", (Activation(), Activation("relu2")))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    return called
+
+
+def test_hoppers_tactics_are_all_run_twice(hopper, monkeypatch):
+    from moe_backend_plugin.moe import tactics
+
+    monkeypatch.setattr(tactics, "TILE_TOKENS", (8, 64))
+    found = list(kernel_check.hopper_rows(CPU, (2,)))
+    assert found and not [row for row in found if row.reason] and len(hopper) == 2 * len(found)
+    shapes = {shape for tile in (8, 64) for shape in tactics.shapes(tile)}
+    valid = {shape for shape in shapes if shape.rows < 2 * 512 or shape in tactics.SHIPPED}
+    assert {choice.gate_up for choice in hopper} == {choice.down for choice in hopper} >= valid
+
+
+def test_a_hopper_tactic_that_is_wrong_or_fails_is_named(hopper, monkeypatch):
+    from moe_backend_plugin.moe import cuda, tactics
+
+    monkeypatch.setattr(tactics, "TILE_TOKENS", ())
+    right = cuda.fused_moe
+
+    def wrong(x, *rest, choice):
+        if x.shape[0] == 5:
+            raise RuntimeError("too many resources\nmore")
+        right(x, *rest, choice=choice)
+        rest[4][0] *= 1 + 2**-6 * (len(hopper) % 2)
+
+    monkeypatch.setattr(cuda, "fused_moe", wrong)
+    found = list(kernel_check.hopper_rows(CPU, (1, 5)))
+    assert {row.reason for row in found if row.tokens == 5} == {"fails: RuntimeError: too many resources"}
+    assert all(row.reason for row in found if row.tokens == 1)
