@@ -129,12 +129,15 @@ class Variant:
     @property
     def regroup(self) -> bool:
         """Whether consumers need more registers than an even share."""
-        return self.tile_tokens * self.row_blocks > 128 or (self.row_groups * self.k_groups > 2 and self.tile_tokens >= 32)
+        return self.tile_tokens * self.row_blocks > 128
 
     @property
     def consumer_registers(self) -> int:
-        """Of a consumer thread, where producers hand theirs over."""
-        return (REGISTERS - 2 * WARPGROUP * PRODUCER_REGISTERS) // (self.row_groups * self.k_groups * WARPGROUP) // 8 * 8
+        """Of a consumer thread, where producers hand theirs over. There are no more than the block was launched with, the same number for
+        every thread, a multiple of 8: who asks for more waits for ever."""
+        consumers = self.row_groups * self.k_groups * WARPGROUP
+        launched = REGISTERS // (consumers + self.producers) // 8 * 8 * (consumers + self.producers)
+        return (launched - self.producers * PRODUCER_REGISTERS) // consumers // 8 * 8
 
     def __post_init__(self) -> None:
         if self.tile_tokens % 8 or not 8 <= self.tile_tokens <= 256 or (self.tile_tokens > 8 and self.tile_tokens % 16):

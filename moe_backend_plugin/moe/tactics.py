@@ -86,7 +86,7 @@ def shape_reason(shape: Shape) -> str | None:
     if s.blocks > 2:
         return f"{s.blocks} thread blocks a multiprocessor (allowed: 1, 2)"
     groups = s.row_groups * s.k_groups
-    regroup = tile * s.row_blocks > 128 or (groups > 2 and tile >= 32)
+    regroup = tile * s.row_blocks > 128
     threads = groups * WARPGROUP + WARPGROUP + (WARPGROUP if regroup else 32)
     if threads > THREADS:
         return f"{threads} threads (allowed: up to {THREADS})"
@@ -94,7 +94,8 @@ def shape_reason(shape: Shape) -> str | None:
     if regroup:
         if s.blocks > 1:
             return f"{groups} warpgroups that take registers from the rest, {s.blocks} blocks (allowed: 1)"
-        available = min(255, (REGISTERS - 2 * WARPGROUP * PRODUCER) // (groups * WARPGROUP) // 8 * 8)
+        launched = REGISTERS // threads // 8 * 8 * threads
+        available = min(255, (launched - 2 * WARPGROUP * PRODUCER) // (groups * WARPGROUP) // 8 * 8)
     else:
         available = min(255, REGISTERS // (threads * s.blocks) // 8 * 8)
     if needed > available:

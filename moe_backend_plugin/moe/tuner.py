@@ -151,7 +151,7 @@ class Race(NamedTuple):
 
 
 def race(entrants: Sequence[Choice], time: Callable[[Choice], float], prefer: Sequence[Choice], options: Options, seed: int) -> Race:
-    """Time ``entrants`` until the fastest is known; ``prefer``: who wins a tie, the first of them that is in it, else the first entrant: of
+    """Time ``entrants`` until the fastest is known; ``prefer``: who wins a tie, the first of them that is in it, else the first by name: of
     what cannot be told apart, noise must not choose.
 
     Times are compared within a round, so that a clock that drifts slows all of them. Raises ValueError without entrants.
@@ -186,7 +186,7 @@ def race(entrants: Sequence[Choice], time: Callable[[Choice], float], prefer: Se
         # Still in doubt: the heuristic keeps its place, nobody else gains one.
         tied += [tactic for tactic in alive if tactic not in tied and tactic == prefer[0]] if prefer else []
     times = {tactic: math.exp(statistics.fmean(found)) for tactic, found in logs.items()}
-    winner = next(tactic for tactic in (*prefer, *entrants) if tactic in tied)
+    winner = next(tactic for tactic in (*prefer, *sorted(tied, key=tactics.name)) if tactic in tied)
     return Race(winner, times, tuple(tied), number)
 
 
