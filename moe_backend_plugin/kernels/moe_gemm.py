@@ -292,25 +292,30 @@ class MoeGemm(Loads, Products, Results):
     @cute.jit
     def work_of(self, lists: Lists, row_blocks: Int32, column_blocks: Int32, row_tiles: Int32, steps: Int32) -> Work:
         """The work of the whole call, once the lists are there."""
-        listed = lists.counts[0] if const_expr(self.variant.pairs) else self.listed(lists.counts, Int32(0))[0]
+        listed = lists.counts[0] if const_expr(self.variant.pairs) else self.listed(lists.counts, Int32(0))
         return Work(lists.tiles, listed * row_tiles, row_blocks, column_blocks, row_tiles, steps)
 
     @cute.jit
-    def tile(self, work: Work, item: Int32) -> Tile:
-        """The tile of a piece of work; of the last one past the end, where nobody looks."""
+    def ask(self, work: Work, item: Int32, lane: Int32) -> Int32:
+        """Have the tile of a piece of work read (of the last one past the end, where nobody looks): a word a lane, for :meth:`told`.
+
+        Were all lanes to read all words, the compiler would move them to uniform registers at once, and wait for them.
+        """
         index = cutlass.max(cutlass.min(item, work.total - 1), 0) // work.row_tiles
         if const_expr(self.variant.pairs):
-            return Tile(work.tiles[index, 0], work.tiles[index, 1], work.tiles[index, 2])
-        return Tile(*self.listed(work.tiles, index))
+            return work.tiles[index, lane % 4]
+        return self.listed(work.tiles, index * 4 + lane % 4)
 
     @cute.jit
-    def listed(self, words: cute.Tensor, row: Int32):
-        """The first three words of a row of four, from the L2 cache: a "down" kernel asks before it has waited for the one in front."""
-        address = (words.iterator + Int64(row) * 4).toint()
-        found = cute.arch.inline_ptx(
-            "ld.global.cg.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];", write_only_types=[Int32] * 4, read_only_args=[address]
-        )
-        return found[0], found[1], found[2]
+    def told(self, asked: Int32) -> Tile:
+        """The tile that was asked for, by all lanes of a warp."""
+        return Tile(*(cute.arch.shuffle_sync(asked, offset=word) for word in range(3)))
+
+    @cute.jit
+    def listed(self, words: cute.Tensor, at: Int32) -> Int32:
+        """A word of a list, from the L2 cache: a "down" kernel asks before it has waited for the one in front."""
+        address = (words.iterator + at).toint()
+        return cute.arch.inline_ptx("ld.global.cg.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
 
 
 KERNEL = MoeGemm

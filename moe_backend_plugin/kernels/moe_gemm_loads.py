@@ -19,15 +19,15 @@ class Loads:
         parts = v.row_groups * v.row_blocks
         stage, phase = Int32(0), Int32(1)
         item = cute.arch.block_idx()[0]
-        upcoming = self.tile(work, item)
+        upcoming = self.ask(work, item, lane)
         while item < work.total:
-            expert = upcoming.expert
+            expert = self.told(upcoming).expert
             row = item % work.row_tiles * parts + lane
             if row >= work.row_blocks:  # past the expert's last row: something to copy, for no one to use
                 row = work.row_blocks - 1
             source = packed.iterator.toint() + (Int64(expert) * work.row_blocks + row) * work.column_blocks * UNIT
             item += cute.arch.grid_dim()[0]
-            upcoming = self.tile(work, item)
+            upcoming = self.ask(work, item, lane)
             for step in cutlass.range(work.steps, unroll=1):
                 cute.arch.mbarrier_wait(ring.empty + stage, phase)
                 size = Int32(v.stage_blocks * UNIT)
@@ -72,12 +72,12 @@ class Loads:
         stage, phase = Int32(0), Int32(1)
         turn, router_phase = Int32(0), Int32(1)
         item = cute.arch.block_idx()[0]
-        upcoming = self.tile(work, item)
+        upcoming = self.ask(work, item, thread % 32)
         sources = cute.make_rmem_tensor(held, Int64)
         while item < work.total:
-            tile = upcoming
+            tile = self.told(upcoming)
             item += cute.arch.grid_dim()[0]
-            upcoming = self.tile(work, item)
+            upcoming = self.ask(work, item, thread % 32)
             for i in cutlass.range_constexpr(held):
                 row = Int64(tile.first + first_row + i * 16)
                 if first_row + i * 16 < tile.count:

@@ -75,12 +75,12 @@ class Products:
         stage, phase = Int32(0), Int32(0)
         turn, router_phase = Int32(0), Int32(0)
         item = cute.arch.block_idx()[0]
-        upcoming = self.tile(work, item)
+        upcoming = self.ask(work, item, place.lane)
         while item < work.total:
-            tile = upcoming
+            tile = self.told(upcoming)
             row_tile = item % work.row_tiles
             item += cute.arch.grid_dim()[0]
-            upcoming = self.tile(work, item)
+            upcoming = self.ask(work, item, place.lane)
             factor = scale_2[tile.expert, 0] * EXPONENT
             factor_up = factor
             if const_expr(v.gated):
