@@ -50,7 +50,7 @@ test-unit: $(READY)
 test-sglang: $(SGLANG_READY)
 	$(SGLANG_PYTHON) -m pytest integration/sglang_cpu tests/sglang
 
-test: lint $(SGLANG_READY)
+test: lint
 	$(BIN)/python -m pytest tests integration --ignore=integration/sglang_cpu
 	@$(MAKE) --no-print-directory test-sglang
 

@@ -1,4 +1,4 @@
-"""All kernels that this machine runs, each against its reference: what ``moe-backend verify --kernels`` prints. No model is needed."""
+"""This machine's kernels, each against its reference: what ``moe-backend verify --kernels`` prints. No model is needed."""
 
 from __future__ import annotations
 

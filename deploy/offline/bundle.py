@@ -89,6 +89,8 @@ def make(engine: str, out: Path, also: list[str]) -> None:
 
 def install(bundle: Path, into: Path) -> None:
     """Install a bundle into the virtual environment ``into``. Raises BundleError."""
+    if not (bundle / MADE_ON).is_file():
+        raise BundleError(f"{bundle} has no {MADE_ON}: run the copy of this script in a bundle that `make` made, or name one with --bundle")
     made = json.loads((bundle / MADE_ON).read_text())
     different = {key: made[key] for key, value in machine().items() if made[key] != value}
     if different:

@@ -10,10 +10,11 @@ import ast
 import pytest
 
 from .checks import PLUGIN, check_entry_points, check_parameters, check_value, drift, names_of, per
+from .flashinfer_contract import text_of
 from .signatures import incompatible, misfit, signature_of, without_first
 from .source import Class, Drift, Function, Value
 from .usage import Plugin, PluginClass, Use
-from .vllm_contract import CALLERS, ENGINE, QUANTIZATION, RELEASES, SIGNATURES, USES, VALUES, Caller
+from .vllm_contract import CALLERS, ENGINE, QUANTIZATION, RELEASES, SIGNATURES, TEXTS, USES, VALUES, Caller
 from .wheels import Release
 
 # The first test of a release may download its wheel.
@@ -50,6 +51,18 @@ def test_parameters(source_of, release: Release, symbol: str):
 @releases
 def test_value(source_of, release: Release, symbol: str):
     check_value(source_of(release), release, symbol, VALUES[symbol])
+
+
+@per("symbol", TEXTS)
+@releases
+def test_text(source_of, release: Release, symbol: str):
+    try:
+        code = text_of(source_of(release), symbol)
+    except Drift as error:
+        drift(error)
+    for text in TEXTS[symbol]:
+        if text not in code:
+            drift(f"{symbol}: {release} does not say {text!r} there")
 
 
 @per("caller", CALLERS)

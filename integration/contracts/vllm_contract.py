@@ -21,6 +21,7 @@ GDN = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
 GDN_MODULE = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn"
 GDN_CPU = f"{LAYERS}.mamba.ops.cpu.gdn_attention"
 GDN_METADATA = "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadata"
+RELOAD = "vllm.model_executor.model_loader.reload"
 
 
 def attributes(owner: str, names: str) -> list[Use]:
@@ -61,7 +62,7 @@ USES: list[Use] = [
     ),
     *attributes(
         f"{LAYERS}.fused_moe.FusedMoEParallelConfig",
-        "enable_eplb use_passthrough_all2all use_all2all_kernels all2all_backend is_sequence_parallel dp_size pcp_size sp_size",
+        "enable_eplb use_passthrough_all2all use_all2all_kernels all2all_backend is_sequence_parallel dp_size ep_size pcp_size sp_size",
     ),
     *attributes(EXPERTS, "expert_map_manager.num_fused_shared_experts global_num_experts activation _expert_routing_tables"),
     # What vLLM's runner asks of a method: with a modular kernel it leaves the tokens of other ranks to that.
@@ -135,6 +136,8 @@ SIGNATURES: dict[str, str] = {
     f"{GDN_CPU}._conv_buffer_view": "layer",
     f"{GDN_CPU}._ssm_state_view": "layer",
     f"{GDN_CPU}._unpacked_conv_weight": "layer",
+    f"{GDN_CPU}._causal_conv1d_update_cpu": "x conv_states weight bias silu_activation conv_state_indices is_weight_packed",
+    f"{GDN_CPU}.is_arm_bf16": "",
 }
 
 VALUES: dict[str, object] = {
@@ -142,6 +145,26 @@ VALUES: dict[str, object] = {
     "vllm.plugins.DEFAULT_PLUGINS_GROUP": "vllm.general_plugins",
     # Without --moe-backend.
     f"{LAYERS}.fused_moe.FusedMoEConfig.moe_backend": "auto",
+}
+
+TEXTS: dict[str, tuple[str, ...]] = {
+    # What the code of a function or class must say, as ``ast.unparse`` writes it: behaviour that has no name to hold on to.
+    # Where the layer's convolution weight is packed, vLLM convolves with its own kernel: with that weight, and no other options.
+    f"{GDN_CPU}._cpu_gdn_attention_nonspec": (
+        "use_cpp_conv = torch.cpu._is_avx512_bf16_supported() or is_arm_bf16()",
+        "_causal_conv1d_update_cpu(x=decode_mixed_qkv, conv_states=conv_state, weight=layer.conv1d.weight, bias=layer.conv1d.bias, "
+        "silu_activation=layer.activation == 'silu', conv_state_indices=decode_state_indices, is_weight_packed=True)",
+    ),
+    # Weights that are loaded again. A loader gets all it takes by position. What it copies is counted, first on tensors without
+    # memory, and the layer is finished once that is what its parameters hold.
+    f"{RELOAD}.layerwise.make_online_process_loader": (
+        "loader_signature = inspect.signature(original_loader)",
+        "get_numel_loaded(original_loader, bound_args)",
+        "info.load_numel >= info.load_numel_total",
+    ),
+    f"{RELOAD}.meta.get_numel_loaded": ("weight_loader(*args.args, **args.kwargs)",),
+    # What a method makes of them goes to where the first ones are, whose addresses CUDA graphs hold.
+    f"{RELOAD}.layerwise._copy_and_restore_kernel_tensors": ("param.data.copy_(getattr(layer, name))",),
 }
 
 
@@ -157,6 +180,8 @@ class Caller:
         return f"{self.module}:{self.callee} -> {self.ours}"
 
 
+EXPERT_METHODS = ("Nvfp4MoEMethod", "HopperMoEMethod", "BlackwellMoEMethod")
+
 CALLERS = [
     Caller(GDN_MODULE, "self._forward_core", "PluginGatedDeltaNetAttention._forward_core"),
     Caller("vllm.config.model", "method.override_quantization_method", "Nvfp4CuteDslConfig.override_quantization_method"),
@@ -171,12 +196,16 @@ CALLERS = [
     Caller(f"{LAYERS}.linear", "quant_method.apply", "Nvfp4LinearMethod.apply"),
     Caller(f"{LAYERS}.logits_processor", "quant_method.apply", "Nvfp4LinearMethod.apply"),
     *(
-        Caller("vllm.model_executor.model_loader.utils", "quant_method.process_weights_after_loading", f"{c}.process_weights_after_loading")
-        for c in ("Nvfp4LinearMethod", "Nvfp4MoEMethod", "HopperMoEMethod")
+        Caller(
+            f"vllm.model_executor.model_loader.{module}", "quant_method.process_weights_after_loading", f"{c}.process_weights_after_loading"
+        )
+        for module in ("utils", "reload.layerwise")
+        for c in ("Nvfp4LinearMethod", *EXPERT_METHODS)
     ),
+    Caller(f"{RELOAD}.layerwise", "param.weight_loader", "Nvfp4MoEMethod._scalar_loader.load"),
     *(
         Caller(f"{LAYERS}.fused_moe.routed_experts", f"quant_method.{name}", f"{c}.{name}")
-        for c in ("Nvfp4MoEMethod", "HopperMoEMethod")
+        for c in EXPERT_METHODS
         for name in ("create_weights", "apply")
     ),
     *(

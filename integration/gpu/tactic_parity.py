@@ -36,9 +36,7 @@ EXIT_WRONG, EXIT_TIME = 1, 3
 
 def every(problem: MoEProblem, tokens: int, multiprocessors: int) -> list[tiles.Choice]:
     """Each shape of either projection at least once, the heuristic's pair in front."""
-    pairs = [tiles.Choice(shape, shape) for tile in tactics.TILE_TOKENS for shape in tactics.shapes(tile)]
-    found = [tiles.choose(problem, tokens, multiprocessors), *pairs]
-    return [tactic for tactic in dict.fromkeys(found) if tactics.validity(problem, tactic) is None]
+    return list(dict.fromkeys([tiles.choose(problem, tokens, multiprocessors), *tactics.alike(problem)]))
 
 
 def cell(layer: bench.Layer, found: list[tiles.Choice], tokens: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -390,7 +390,7 @@ def expected_rows(model: Model, checkpoint: Checkpoint, inputs: Inputs) -> Tenso
 
 
 def run(options: Options, device: torch.device, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
-    """Time the plan; yields the growing result {"ceilings", "rows", "errors", "dropped", "seconds"} after each model.
+    """Time the plan; yields the growing result {"ceilings", "rows", "errors", "dropped", "seconds"} after each cell.
 
     "errors": cells (or models) that a provider could not run, each with "error". "dropped": cells that did not fit in
     ``options.seconds``, or that were left when the device was lost.
@@ -415,8 +415,8 @@ def run(options: Options, device: torch.device, say: Callable[[str], None] = pri
             session.drop([cell for cell in rest if cell.model == name and cell not in here], "no time")
             # Those of later models are judged again when their turn comes, by what this one took.
             rest = [cell for cell in rest if cell.model != name]
-            if here:
-                session.model(name, here, session.pace() * total(later, options))
+            for _ in session.model(name, here, session.pace() * total(later, options)) if here else ():
+                yield result  # what a kernel that hangs leaves behind
             result["seconds"] = round(time.monotonic() - begin, 1)
             yield result
     except DeviceLost as lost:
@@ -454,17 +454,17 @@ class Session:
         if cells:
             self.say(f"dropped ({why}): {', '.join(map(str, cells))}")
 
-    def model(self, name: str, cells: list[Cell], reserved: float) -> None:
-        """All cells of one model, the most important first, as long as ``reserved`` seconds stay for the models after it."""
+    def model(self, name: str, cells: list[Cell], reserved: float) -> Iterator[None]:
+        """All cells of one model, the most important first, as long as ``reserved`` seconds stay for those after it; yields after each."""
         began = time.monotonic()
         with torch.cuda.stream(self._stream):
-            done = self._model(name, cells, reserved)
+            done = yield from self._model(name, cells, reserved)
         release()
         self._spent += time.monotonic() - began
         self._estimated += total(done, self.options)
 
-    def _model(self, name: str, cells: list[Cell], reserved: float) -> list[Cell]:
-        """The cells that were timed."""
+    def _model(self, name: str, cells: list[Cell], reserved: float) -> Generator[None, None, list[Cell]]:
+        """Returns the cells that were timed."""
         model = MODELS[name]
         checkpoint = random_checkpoint(model.problem, self.device)
         layers = self._layers(model, name, checkpoint, max(cell.tokens for cell in cells))
@@ -475,6 +475,7 @@ class Session:
                 break
             self._cell(cell, model, checkpoint, layers)
             done.append(cell)
+            yield
         if self._engine is not None:
             self._engine.forget()
         return done

@@ -12,12 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels import compile as kernels
-from ..moe import balanced, cuda, reference, route, tactics, workspace
+from ..moe import balanced, cuda, reference, route, workspace
 from ..moe.problem import MoEProblem
 from ..moe.tiles import Choice
 from ..moe.tuner import Conditions
-from ..nvfp4 import hopper
 from .moe import RESERVE, random_checkpoint
 from .shared import expert_map
 from .timing import LAUNCHES, REPLAYS, Clock, capture
@@ -42,27 +40,12 @@ class Layer:
         self.problem, self.dtype, self.first, self.device = problem, dtype, first, device
         self.clock = Clock(device)
         self.expert_map = expert_map(problem, device, first)
-        self.compiled = self._prepare(max_tokens, found)
+        self.compiled = cuda.prepare_tactics(problem, dtype, found, device, max_tokens, cuda.Ids(mapped=self.expert_map is not None))
         self.checkpoint = random_checkpoint(problem, device)
-        c = self.checkpoint
-        packed = cuda.Weights(
-            hopper.pack(c.w13, c.w13_scale, gated=problem.activation.gated),
-            c.w13_scale_2,
-            hopper.pack(c.w2, c.w2_scale, gated=False),
-            c.w2_scale_2,
-        )
+        packed = cuda.pack(problem, *self.checkpoint)
         size = packed.w13.numel() + packed.w2.numel()
         copies = max(1, min(LAUNCHES + 1, (torch.cuda.mem_get_info(device)[0] - RESERVE) // size))
         self.sets = [packed, *(cuda.Weights(*(part.clone() for part in packed)) for _ in range(copies - 1))]
-
-    def _prepare(self, max_tokens: int, found: Sequence[Choice]) -> int:
-        ids = cuda.Ids(mapped=self.expert_map is not None)
-        variants = dict.fromkeys(variant for tactic in found for variant in cuda.variants_of(self.problem, self.dtype, tactic, ids))
-        compiled = kernels.prepare(cuda.GEMM, variants, "sm_90a")
-        compiled += cuda.prepare(self.problem, self.dtype, torch.int32, self.device, max_tokens, self.expert_map is not None)
-        plan = tactics.largest_plan(self.problem, max_tokens, found, self.dtype, route.scratch_ints)
-        workspace.Arena.get(self.device, plan.bytes, cuda.EVERY_STREAM)
-        return compiled
 
     def case(self, conditions: Conditions) -> LayerCase:
         """The inputs of one bucket."""

@@ -34,14 +34,15 @@ def doctor(
 def _examine_model(model: Path, config: dict[str, Any], machine) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from moe_backend_plugin.cli.inventory import choices_for, inventory, model_facts
+    from moe_backend_plugin.cli.inventory import choices_for, has_input_scales, inventory, model_facts
     from moe_backend_plugin.errors import CheckpointError
     from moe_backend_plugin.nvfp4.checkpoint import check_checkpoint
     from moe_backend_plugin.nvfp4.files import read_headers
 
     tensors = read_headers(model)
     facts = model_facts(config, tensors)
-    layers = inventory(tensors, choices_for(config, machine.choices, machine.config.moe.activations))
+    choices = choices_for(config, machine.choices, machine.config.moe.activations, has_input_scales(tensors))
+    layers = inventory(tensors, choices)
     check = "passed (headers and global scales)"
     try:
         check_checkpoint(model, depth="headers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,10 +54,10 @@ def layer_kind(name: str) -> str:
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name)), "other")
 
 
-def choices_for(config: dict[str, Any], choices: dict[str, Choice], moe_activations: str = "auto") -> dict[str, Choice]:
+def choices_for(config: dict[str, Any], choices: dict[str, Choice], moe_activations: str, input_scales: bool) -> dict[str, Choice]:
     """``choices`` of this machine as they stand for one model: layers that the kernels do not serve stay the engine's.
 
-    ``moe_activations``: the setting of that name.
+    ``moe_activations``: the setting of that name. ``input_scales``: whether the checkpoint has them for its experts.
     """
     text = config.get("text_config", config)
     names = {"head_k": "key_head_dim", "head_v": "value_head_dim", "key_heads": "num_key_heads", "value_heads": "num_value_heads"}
@@ -64,21 +65,36 @@ def choices_for(config: dict[str, Any], choices: dict[str, Choice], moe_activati
     found = dict(choices)
     if choices["gdn"].provider == "cutedsl" and None not in heads.values() and (reason := heads_reason(**heads)):
         found["gdn"] = replace(choices["gdn"], provider="engine", reason=reason)
-    if choices["moe"].provider == "cutedsl" and (reason := _experts_reason(text, moe_activations)):
+    provider, rounded = choices["moe"].provider, moe_activations == "nvfp4"
+    if provider == "flashinfer":
+        rounded |= moe_activations == "auto" and input_scales
+    if provider in ("cutedsl", "flashinfer") and (reason := _experts_reason(text, provider, rounded)):
         found["moe"] = replace(choices["moe"], provider="engine", reason=reason)
     return found
 
 
-def _experts_reason(text: dict[str, Any], activations: str) -> str | None:
-    """Why the kernels cannot serve a model's experts on one GPU, or None if they can, or if its description does not tell."""
+def has_input_scales(tensors: Mapping[str, Stored]) -> bool:
+    """Whether experts of a checkpoint come with scales for their inputs."""
+    return any(layer_kind(name) == "experts" and name.endswith(("input_scale", "input_global_scale")) for name in tensors)
+
+
+def _experts_reason(text: dict[str, Any], provider: str, rounded: bool) -> str | None:
+    """Why the kernels cannot serve a model's experts on one GPU, or None if they can, or if its description does not tell.
+
+    ``rounded``: activations are to be rounded to NVFP4.
+    """
     import torch
 
     try:
-        problem = experts_problem(text, "nvfp4" if activations == "nvfp4" else "bf16")
+        problem = experts_problem(text, "nvfp4" if rounded else "bf16")
     except PluginError as error:
         return str(error)
     if problem is None:
         return None
+    if provider == "flashinfer":
+        from moe_backend_plugin.moe import blackwell
+
+        return blackwell.missing() or blackwell.unsupported_reason(problem, torch.bfloat16)
     try:
         from moe_backend_plugin.moe.cuda import unsupported_reason
     except ImportError:  # without CuTe DSL the engine's own packages are missing too, and that is said elsewhere

@@ -7,9 +7,10 @@ takes the engine's int32 or int64 tables as they are and widens them itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -82,21 +83,26 @@ class Layer:
         """
         modes = [{}] + ([{"ragged": True, "write": "each", "accepted": True}] if speculative else [])
         modes += [{"ragged": True, "write": "none", "intermediate": True}] if verify else []
-        norms = ["", self.norm] if self.norm else [""]
-        for mode, norm in product(modes, norms):
-            for tile_v, warps in tiles(self.state.itemsize, "ragged" in mode):
-                yield Variant(
-                    state=name_of(self.state),
-                    tokens=name_of(self.tokens),
-                    bias=name_of(self.bias),
-                    index=name_of(self.index),
-                    heads_per_group=self.heads_per_group,
-                    norm=norm,
-                    norm_weight=name_of(self.norm_weight) if norm else "bfloat16",
-                    tile_v=tile_v,
-                    warps=warps,
-                    **mode,
-                )
+        layers = [replace(self, norm="")] + ([self] if self.norm else [])
+        for mode, layer in product(modes, layers):
+            for tile in tiles(self.state.itemsize, "ragged" in mode):
+                yield layer.variant(tile, **mode)
+
+    def variant(self, tile: tuple[int, int], **mode: Any) -> Variant:
+        """The variant with this norm. ``tile``: (tile_v, warps); ``mode``: the fields of Variant that say what a call gives."""
+        tile_v, warps = tile
+        return Variant(
+            state=name_of(self.state),
+            tokens=name_of(self.tokens),
+            bias=name_of(self.bias),
+            index=name_of(self.index),
+            heads_per_group=self.heads_per_group,
+            norm=self.norm,
+            norm_weight=name_of(self.norm_weight) if self.norm else "bfloat16",
+            tile_v=tile_v,
+            warps=warps,
+            **mode,
+        )
 
 
 @cache
@@ -107,38 +113,10 @@ def prepare(layer: Layer, device: torch.device, *, speculative: bool) -> int:
 
 @cache
 def _kernel(
-    device: int,
-    state: torch.dtype,
-    tokens: torch.dtype,
-    bias: torch.dtype,
-    index: torch.dtype,
-    heads_per_group: int,
-    ragged: bool,
-    write: str,
-    accepted: bool,
-    split: bool,
-    intermediate: bool,
-    norm: str,
-    norm_weight: torch.dtype | None,
-    tile_v: int,
-    warps: int,
+    device: int, tile: tuple[int, int], ragged: bool, write: str, accepted: bool, split: bool, intermediate: bool, *layer: Any
 ) -> Callable:
-    variant = Variant(
-        state=name_of(state),
-        tokens=name_of(tokens),
-        bias=name_of(bias),
-        index=name_of(index),
-        heads_per_group=heads_per_group,
-        ragged=ragged,
-        write=write,
-        accepted=accepted,
-        split=split,
-        intermediate=intermediate,
-        norm=norm,
-        norm_weight=name_of(norm_weight) if norm_weight is not None else "bfloat16",
-        tile_v=tile_v,
-        warps=warps,
-    )
+    """``layer``: the fields of :class:`Layer`, which is made here so that a call whose kernel is known makes none."""
+    variant = Layer(*layer).variant(tile, ragged=ragged, write=write, accepted=accepted, split=split, intermediate=intermediate)
     return kernels.load(FAMILY, variant, kernels.device_architecture(device))
 
 
@@ -191,24 +169,21 @@ def decode(
         return
     if rows > MAX_ROWS:
         raise ValueError(f"rows: found {rows}, allowed up to {MAX_ROWS}")
-    norm = "" if gate is None else activation
-    tile_v, warps = tile_for(pool.element_size(), rows * heads, cu_seqlens is not None)
     kernel = _kernel(
         pool.device.index,
-        pool.dtype,
-        mixed_qkv.dtype,
-        dt_bias.dtype,
-        read.dtype,
-        heads * HEAD * 2 // (mixed_qkv.shape[1] - heads * HEAD),
+        tile_for(pool.element_size(), rows * heads, cu_seqlens is not None),
         cu_seqlens is not None,
         mode,
         num_accepted is not None,
         write_pool is not None,
         intermediate is not None,
-        norm,
-        None if norm_weight is None else norm_weight.dtype,
-        tile_v,
-        warps,
+        pool.dtype,
+        mixed_qkv.dtype,
+        dt_bias.dtype,
+        heads * HEAD * 2 // (mixed_qkv.shape[1] - heads * HEAD),
+        read.dtype,
+        "" if gate is None else activation,
+        torch.bfloat16 if norm_weight is None else norm_weight.dtype,
     )
     kernel(
         mixed_qkv,

@@ -40,7 +40,7 @@ SHARED_BYTES = 227 * 1024
 """The most that a thread block may have."""
 REGISTERS, PRODUCER_REGISTERS = 65536, 48
 """Of a multiprocessor, and what a loading thread keeps where it hands over the others."""
-SORTED_PAIRS = (32, 64, 128, 256)
+SORTED_PAIRS = (32, 128)
 """``pairs`` of kernels that sort: threads of a "ballot", see moe_route."""
 TYPES = {"bfloat16": BFloat16, "float16": Float16}
 
@@ -167,7 +167,7 @@ class MoeGemm(Loads, Products, Results):
         self.act = TYPES[variant.tokens]
         self.half = variant.tokens == "float16"
         if variant.pairs:
-            self.route = MoERoute(RouteVariant("ballot", variant.index, variant.mapped, variant.pairs), architecture)
+            self.route = MoERoute(RouteVariant("ballot", variant.index, variant.mapped, variant.pairs), architecture, cache="cg")
 
     @cute.jit
     def __call__(
@@ -256,7 +256,7 @@ class MoeGemm(Loads, Products, Results):
                 record = v.use == "gate_up" and cute.arch.block_idx()[0] == 0
                 ids, expert_map, position = routing
                 targets = (lists.order, position, lists.tiles, lists.counts)
-                numbers = (ids.shape[0] * ids.shape[1], packed.shape[0], Int32(v.tile_tokens), Int32((1 << 32) // v.tile_tokens))
+                numbers = (ids.shape[0] * ids.shape[1], packed.shape[0], Int32(v.tile_tokens), Int32(-(-(1 << 32) // v.tile_tokens)))
                 self.route.sort(ids, expert_map, *targets, *numbers, thread, shared, record)
         cute.arch.barrier()
 

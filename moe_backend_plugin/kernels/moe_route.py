@@ -67,8 +67,10 @@ class Variant:
 class MoERoute:
     """The kernel of one ``Variant``; calling it (inside ``cute.compile``) launches it on ``blocks`` blocks."""
 
-    def __init__(self, variant: Variant, architecture: str) -> None:
+    def __init__(self, variant: Variant, architecture: str, cache: str = "ca") -> None:
+        """``cache``: "cg" reads ids and map from L2, for a kernel that sorts before it has waited for the one in front."""
         self.variant = variant
+        self.cache = cache
         self.index = TYPES[variant.index]
         self.warps = variant.threads // 32
         self.each = max(1, MAX_EXPERTS // variant.threads)  # experts that a thread scans
@@ -438,12 +440,12 @@ class MoERoute:
         raw = cute.make_rmem_tensor(number, self.index)
         keys = cute.make_rmem_tensor(number, Int32)
         for j in cutlass.range_constexpr(number):
-            raw[j] = cute.arch.load(ids.iterator + cutlass.min(first + j * step, pairs - 1), self.index)
+            raw[j] = cute.arch.load(ids.iterator + cutlass.min(first + j * step, pairs - 1), self.index, cop=self.cache)
         for j in cutlass.range_constexpr(number):
             known = raw[j] >= 0 and first + j * step < pairs
             if const_expr(self.variant.mapped):
                 known = known and raw[j] < expert_map.shape[0]
-                keys[j] = cute.arch.load(expert_map.iterator + self.select(known, Int32(raw[j]), Int32(0)), Int32)
+                keys[j] = cute.arch.load(expert_map.iterator + self.select(known, Int32(raw[j]), Int32(0)), Int32, cop=self.cache)
                 known = known and keys[j] >= 0 and keys[j] < experts
             else:
                 known = known and raw[j] < experts

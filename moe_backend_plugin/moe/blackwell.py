@@ -97,12 +97,12 @@ def every(problem: MoEProblem) -> tuple[Tactic, ...]:
 
 
 @lru_cache(4096)
-def choose(problem: MoEProblem, tokens: int, ordered: bool = False) -> Tactic:
+def choose(problem: MoEProblem, tokens: int) -> Tactic:
     """The tactic of a call of ``tokens`` tokens (1 or more), from shapes alone: two-CTA tiles and wide ones where experts fill them."""
     if mean_tokens(problem, tokens) < LARGE:
-        return Tactic(ordered=ordered)
+        return Tactic()
     wide = 256 if first_rows(problem) % 256 == 0 else 128
-    return Tactic(256, wide, 256, 1, ordered)
+    return Tactic(256, wide, 256)
 
 
 def width(problem: MoEProblem) -> int:
@@ -266,7 +266,7 @@ def missing() -> str | None:
         return "no package flashinfer (pip install flashinfer-python)"
     try:
         library()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001  importing it builds and loads libraries; whatever that raises, its kernels are not there
         return f"flashinfer without what is needed of it ({type(error).__name__}: {error})"
     return None
 
@@ -316,10 +316,10 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_
     return workspace.Arena.get(device, largest(problem, max_tokens, scales, tokens).bytes, EVERY_STREAM).bytes
 
 
-def tactics_met(problem: MoEProblem, max_tokens: int, ordered: bool = False) -> Iterator[Tactic]:
+def tactics_met(problem: MoEProblem, max_tokens: int) -> Iterator[Tactic]:
     """Every tactic that calls of 1 .. ``max_tokens`` tokens can meet."""
     steps = sorted({min(1 << i, max_tokens) for i in range(max_tokens.bit_length() + 1)})
-    yield from dict.fromkeys(choose(problem, tokens, ordered) for tokens in steps)
+    yield from dict.fromkeys(choose(problem, tokens) for tokens in steps)
 
 
 def fused_moe(

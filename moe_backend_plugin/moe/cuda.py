@@ -1,13 +1,14 @@
 """One NVFP4 MoE layer on a Hopper GPU: routing, gate and up with the activation, down, and the sum over a token's experts.
 
-Four launches (three up to 128 pairs, five from 4097 on), each set up while the one before it still runs. The calls here are the steady
-state of a server: no allocation, no synchronisation, no question to the device; all that lies between the launches is in the arena.
+Four launches (three up to 128 pairs in tiles of 8 tokens, five from 4097 pairs on), each set up while the one before it still runs. The
+calls here are the steady state of a server: no allocation, no synchronisation, no question to the device; all that lies between the
+launches is in the arena.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import compile as kernels
+from ..nvfp4 import hopper
 from . import route, tactics, tiles, workspace
 from .problem import MoEProblem
 
@@ -23,7 +25,8 @@ ARCHITECTURES = ("sm_90a",)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
 HIDDEN, WIDTH = range(256, 16385), range(16, 8193)
 FEW_PAIRS = 32, 128
-"""Up to so many pairs the expert kernels sort for themselves: in every block of both, which costs less than a launch."""
+"""Up to so many pairs the expert kernels with tiles of 8 tokens sort for themselves: in every block of both, which costs less than a
+launch."""
 EVERY_STREAM = 0
 """Key of the arena: an engine runs the layers of a device one after another, whichever of its streams is current."""
 
@@ -39,6 +42,14 @@ class Weights(NamedTuple):
     w13_scale_2: Tensor
     w2: Tensor
     w2_scale_2: Tensor
+
+
+def pack(
+    problem: MoEProblem, w13: Tensor, w13_scale: Tensor, w13_scale_2: Tensor, w2: Tensor, w2_scale: Tensor, w2_scale_2: Tensor
+) -> Weights:
+    """A checkpoint's experts, with shapes as in :func:`.reference.fused_moe`, for many calls."""
+    first = hopper.pack(w13, w13_scale, gated=problem.activation.gated)
+    return Weights(first, w13_scale_2, hopper.pack(w2, w2_scale, gated=False), w2_scale_2)
 
 
 class Ids(NamedTuple):
@@ -148,6 +159,18 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device
     compiled += kernels.prepare(route.ROUTE, route.route_variants(index, mapped), architecture)
     compiled += kernels.prepare(route.COMBINE, route.combine_variants(tokens, tokens, problem.top_k), architecture)
     workspace.Arena.get(device, _largest(problem, max_tokens, tokens, _multiprocessors(device.index or 0)).bytes, EVERY_STREAM)
+    return compiled
+
+
+def prepare_tactics(
+    problem: MoEProblem, tokens: torch.dtype, found: Iterable[tiles.Choice], device: torch.device, max_tokens: int, ids: Ids = IDS
+) -> int:
+    """:func:`prepare`, and the same for calls that are told to use any of the tactics ``found``."""
+    found = list(found)
+    compiled = prepare(problem, tokens, ids.index, device, max_tokens, ids.mapped)
+    needed = dict.fromkeys(variant for tactic in found for variant in variants_of(problem, tokens, tactic, ids))
+    compiled += kernels.prepare(GEMM, needed, kernels.device_architecture(device.index or 0, ARCHITECTURES))
+    workspace.Arena.get(device, tactics.largest_plan(problem, max_tokens, found, tokens, route.scratch_ints).bytes, EVERY_STREAM)
     return compiled
 
 

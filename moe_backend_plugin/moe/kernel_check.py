@@ -21,7 +21,7 @@ from ..device import FLASHINFER
 from ..errors import UnsupportedLayerError
 from ..nvfp4.blackwell import ActivationScales
 from ..nvfp4.format import quantize
-from . import balanced, blackwell, reference
+from . import balanced, blackwell, cuda, reference, tactics, tiles
 from .problem import Activation, MoEProblem
 
 W4A16, W4A4 = (4e-3, 3e-2), (5e-2, 2e-1)
@@ -188,7 +188,6 @@ def require(
     device: torch.device,
     max_tokens: int,
     scales: ActivationScales,
-    ordered: bool = False,
     where: str = "NVFP4 MoE layers",
     flashinfer: blackwell.Library | None = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -200,7 +199,7 @@ def require(
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("kernel check: found a graph under capture; allowed: before the first request")
-    met = tuple(blackwell.tactics_met(problem, max_tokens, ordered))
+    met = tuple(blackwell.tactics_met(problem, max_tokens))
     small = replace(problem, num_experts=EXPERTS, num_local_experts=EXPERTS, top_k=1 if problem.apply_router_weight_on_input else TOP_K)
     if row := _wrong(small, device, met, scales, flashinfer, dtype):
         found = f"FlashInfer's kernel {row.tactic} at {row.tokens} tokens ({row.case}) {row.reason}"
@@ -214,7 +213,7 @@ ACTIVATIONS = (Activation(), Activation(limit=0.7), Activation("swigluoai", 1.70
 
 
 def rows(device: torch.device) -> Iterator[Row]:
-    """Every tactic of the expert kernels of ``device``."""
+    """The expert kernels of ``device``, in every way that they can be cut up."""
     if device.type != "cuda":
         yield from cpu_rows()
         return
@@ -228,21 +227,17 @@ def rows(device: torch.device) -> Iterator[Row]:
 
 def hopper_rows(device: torch.device, tokens: Sequence[int] = TOKENS) -> Iterator[Row]:
     """Every shape that a tactic can cut either projection into, on one small layer, and the heuristic's tactics with every activation."""
-    from ..kernels import compile as kernels
-    from . import cuda, route, tactics, tiles, workspace
-
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     for number, activation in enumerate(ACTIVATIONS):
         problem = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K, activation)
         found = [tiles.choose(problem, count, multiprocessors) for count in tokens]
         if number == 0:
-            pairs = (tiles.Choice(shape, shape) for tile in tactics.TILE_TOKENS for shape in tactics.shapes(tile))
-            found += [tactic for tactic in pairs if tactics.validity(problem, tactic) is None]
+            found += tactics.alike(problem)
         found = list(dict.fromkeys(found))
-        _prepare_hopper(problem, found, device, max(tokens), kernels, cuda, route, tactics, workspace)
+        cuda.prepare_tactics(problem, torch.bfloat16, found, device, max(tokens))
         for count in tokens:
             made = layer(problem, count, device)
-            right, packed = made.right(), _hopper_weights(made, cuda)
+            right, packed = made.right(), cuda.pack(problem, *made.weights)
             for tactic in found:
                 out = torch.full_like(made.x, math.nan)
                 again = out.clone()
@@ -257,22 +252,6 @@ def hopper_rows(device: torch.device, tokens: Sequence[int] = TOKENS) -> Iterato
                         raise
                     reason, max_abs, relative = f"fails: {type(error).__name__}: {_first_line(error)}", math.nan, math.nan
                 yield Row("moe_gemm", _case(problem), tactics.name(tactic), count, reason, max_abs, relative)
-
-
-def _prepare_hopper(problem, found, device, max_tokens, kernels, cuda, route, tactics, workspace) -> None:
-    needed = dict.fromkeys(variant for tactic in found for variant in cuda.variants_of(problem, torch.bfloat16, tactic))
-    kernels.prepare(cuda.GEMM, needed, "sm_90a")
-    cuda.prepare(problem, torch.bfloat16, torch.int32, device, max_tokens, False)
-    plan = tactics.largest_plan(problem, max_tokens, found, torch.bfloat16, route.scratch_ints)
-    workspace.Arena.get(device, plan.bytes, cuda.EVERY_STREAM)
-
-
-def _hopper_weights(made: Layer, cuda):
-    from ..nvfp4 import hopper
-
-    w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2 = made.weights
-    gated = made.problem.activation.gated
-    return cuda.Weights(hopper.pack(w13, w13_scale, gated=gated), w13_scale_2, hopper.pack(w2, w2_scale, gated=False), w2_scale_2)
 
 
 def cpu_rows(tokens: Sequence[int] = (1, 5, 70)) -> Iterator[Row]:

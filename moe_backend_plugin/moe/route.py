@@ -21,7 +21,6 @@ from .workspace import max_tiles
 ROUTE, COMBINE = "moe_route", "moe_combine"
 INDEX_TYPES = (torch.int32, torch.int64)
 TOKEN_TYPES = (torch.bfloat16, torch.float16)
-ROW_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_EXPERTS = 1024
 """Local experts: a block keeps a few words for each in shared memory."""
 TILE_TOKENS = range(4, 1025)

@@ -150,6 +150,12 @@ def every(problem: MoEProblem) -> tuple[Choice, ...]:
     return tuple(tactic for gate_up, down in pairs if validity(problem, tactic := Choice(gate_up, down)) is None)
 
 
+def alike(problem: MoEProblem) -> list[Choice]:
+    """The valid tactics that cut both projections up in the same way: every shape that either can have, once."""
+    pairs = (Choice(shape, shape) for tile in TILE_TOKENS for shape in shapes(tile))
+    return [tactic for tactic in pairs if validity(problem, tactic) is None]
+
+
 def fullest(problem: MoEProblem, tokens: int) -> float:
     """Tokens of the fullest experts if routing is even: the mean, and twice its square root."""
     mean = tiles.mean_tokens(problem, tokens)

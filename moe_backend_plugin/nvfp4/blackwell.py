@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginError
-from .layout import COLUMNS, LANES, ROWS, interleave_gate_up, padded_scale_shape, split_gate_up, swizzle_scales, unswizzle_scales
+from .layout import COLUMNS, LANES, ROWS, interleave_gate_up, split_gate_up, swizzle_scales, unswizzle_scales
 from .values import BLOCK, E2M1_MAX, E4M3_MAX
 
 GROUP = 64
@@ -96,11 +96,6 @@ def _pad_rows(rows: Tensor, parts: int, more: int) -> Tensor:
     if not more:
         return rows
     return torch.nn.functional.pad(rows.unflatten(1, (parts, -1)), (0, 0, 0, more)).flatten(1, 2)
-
-
-def packed_shapes(experts: int, rows: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Shapes of a projection's codes and tiled scales, from its padded rows N and columns K."""
-    return (experts, rows, columns // 2), (experts, *padded_scale_shape(rows, columns // BLOCK))
 
 
 # --- scales of whole tensors ------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(cuda, "fused_moe", fused_moe)
     monkeypatch.setattr(cuda, "prepare", lambda *_: 0)
-    monkeypatch.setattr(bench.kernels, "prepare", lambda family, variants, architecture: len(variants))
+    monkeypatch.setattr(cuda.kernels, "prepare", lambda family, variants, architecture: len(variants))
+    monkeypatch.setattr(cuda.kernels, "device_architecture", lambda *_: "sm_90a")
     monkeypatch.setattr(bench, "Clock", Clock)
     monkeypatch.setattr(bench, "capture", Graph)
     monkeypatch.setattr(bench, "RESERVE", 0)

@@ -111,7 +111,7 @@ def test_the_log_has_to_name_the_kernels(scripts, tmp_path):
     assert scripts.server.missing(log, "pycoder-next-nvfp4", "sglang") == []
 
 
-# --- /generate, as a server answers: SGLang's own starts on a GPU only ------------------------------------------------------------------
+# --- /generate, as a server answers; SGLang's own is asked in integration/sglang_cpu -------------------------------------------------
 
 
 def answer(tokens: int, text: str = "x") -> dict:

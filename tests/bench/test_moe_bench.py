@@ -375,9 +375,11 @@ def test_run(no_gpu_needed, monkeypatch):
     monkeypatch.setattr(moe_peers, "Engine", FakeEngine)
     lines: list[str] = []
     options = Options(models=("silu", "ep"), tokens=(1, 3), routings=("balanced", "one-expert"), seconds=1e6)
-    first, result = moe.run(options, CPU, say=lines.append)
+    grown = [len(found["rows"]) for found in moe.run(options, CPU, say=lines.append)]
+    assert grown == sorted(grown) and len(set(grown)) == 8  # every cell can be stored as soon as it is done
+    *_, result = moe.run(options, CPU, say=lambda line: None)
 
-    assert result["dropped"] == [] and first is result
+    assert result["dropped"] == []
     rows = {(r["model"], r["tokens"], r["routing"], r["provider"]): r for r in result["rows"]}
     timed = {(m, t, "balanced", p) for m in ("silu", "shared") for t in (1, 3) for p in PROVIDERS}
     timed |= {(m, t, "one-expert", p) for m in ("silu", "shared") for t in (1, 3) for p in PROVIDERS[:3]}
@@ -391,7 +393,7 @@ def test_run(no_gpu_needed, monkeypatch):
     assert {"model": "shared", "ep": 2, "provider": "humming", "error": "ValueError: no such kernel"} in result["errors"]
     wrong = [e for e in result["errors"] if e["provider"] == "marlin"]
     assert wrong and all(e["tokens"] == 1 and "relative error 1.0" in e["error"] for e in wrong)
-    assert (FakeEngine.forgotten, FakeEngine.closed) == (2, 1)
+    assert (FakeEngine.forgotten, FakeEngine.closed) == (2 * 2, 2)
     assert seen[:9] == list(range(9))  # every launch has weights of its own
     assert any(line.startswith("silu M=3 balanced: plugin 80.0, marlin 80.0") for line in lines)
     assert moe_report.summary({"stamp": {}, **result})[0][2] == dict.fromkeys(("silu", "shared EP 2"), "1 (1 .. 1, 2)")

@@ -238,6 +238,33 @@ def test_doctor_says_which_experts_the_kernels_serve(packages, monkeypatch, tmp_
     assert row["provider"] == provider and words in row["reason"]
 
 
+@pytest.mark.parametrize(
+    ("change", "activations", "provider", "words"),
+    [
+        ({}, "auto", "flashinfer", "FlashInfer's CuTe DSL kernels"),
+        ({}, "nvfp4", "flashinfer", "FlashInfer's CuTe DSL kernels"),
+        ({}, "bf16", "engine", "the kernels multiply NVFP4 activations"),
+        ({"hidden_size": 384}, "auto", "engine", "hidden size 384"),
+    ],
+)
+def test_doctor_says_which_experts_flashinfer_serves(packages, monkeypatch, tmp_path, change, activations, provider, words):
+    from moe_backend_plugin.moe import blackwell
+
+    monkeypatch.setattr(blackwell, "missing", lambda: None)
+    monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA B200", 180 << 30, (10, 0)))
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__PROVIDER", "cutedsl")
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__ACTIVATIONS", activations)
+    model = tmp_path / "model"
+    shutil.copytree(MOE, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
+    row = next(row for row in layers if row["kind"] == "experts")
+    assert row["provider"] == provider and words in row["reason"]
+    monkeypatch.setattr(blackwell, "missing", lambda: "no package flashinfer")
+    assert "no package flashinfer" in run("doctor", "--json", "--model", model).stdout
+
+
 def test_doctor_model_that_cannot_be_served(packages, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(MOE, model)

@@ -72,6 +72,12 @@ def test_another_python_is_refused(carried, tmp_path):
     assert not (tmp_path / "env").exists()
 
 
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
+    done = run(SCRIPT, "install", "--into", tmp_path / "env")
+    assert done.returncode == 1 and done.stderr.startswith(f"bundle: {SCRIPT.parent} has no bundle.json: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "env").exists()
+
+
 def test_a_full_folder_is_refused(tmp_path):
     (tmp_path / "old.txt").touch()
     done = run(SCRIPT, "make", "--engine", "sglang", tmp_path)

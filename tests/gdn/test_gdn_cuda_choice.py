@@ -54,6 +54,37 @@ def test_without_drafts_no_ragged_kernel_is_compiled():
     assert {v.norm for v in variants} == {"", "silu"} and {v.heads_per_group for v in variants} == {4}
 
 
+@pytest.mark.parametrize("norm", ["", "silu"])
+@pytest.mark.parametrize("accepted", [False, True])
+@pytest.mark.parametrize("state", cuda.STATE_TYPES)
+def test_what_a_call_launches_is_compiled_ahead(state, accepted, norm, monkeypatch):
+    launched = []
+    monkeypatch.setattr(cuda.kernels, "load", lambda family, variant, arch: launched.append(variant) or (lambda *args: None))
+    monkeypatch.setattr(cuda.kernels, "device_architecture", lambda device: "sm_90a")
+    cuda._kernel.cache_clear()
+    layer = cuda.Layer(state, torch.bfloat16, torch.float32, heads_per_group=4, index=torch.int64, norm="silu", norm_weight=torch.float32)
+    heads, tokens, table = 4, 3, torch.ones(3, dtype=torch.int64)
+    extra = dict(gate=torch.empty(tokens, heads, 128), norm_weight=torch.empty(128)) if norm else {}
+    if accepted:
+        drafts = torch.ones(3, 2, dtype=torch.int64)
+        extra |= dict(write=drafts, cu_seqlens=torch.arange(4), num_accepted=table, max_tokens=2)
+    cuda.decode(
+        mixed_qkv=torch.empty(tokens, (2 + heads) * 128, dtype=torch.bfloat16),
+        a=torch.empty(tokens, heads),
+        b=torch.empty(tokens, heads),
+        A_log=torch.empty(heads),
+        dt_bias=torch.empty(heads),
+        pool=torch.empty(4, heads, 128, 128, dtype=state),
+        read=drafts if accepted else table,
+        out=torch.empty(tokens, heads, 128),
+        **extra,
+    )
+    cuda._kernel.cache_clear()
+    (variant,) = launched
+    assert variant in set(layer.variants(speculative=True))
+    assert (variant.norm, variant.accepted) == (norm, accepted)
+
+
 @pytest.mark.parametrize("row_bytes", [1 << 10, 1 << 18, 1 << 20, 1 << 21, 1 << 22, 1 << 26])
 def test_states_are_asked_for_a_few_megabytes_ahead(row_bytes):
     rows = cuda.rows_ahead(row_bytes)

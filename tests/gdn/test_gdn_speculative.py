@@ -1,5 +1,7 @@
 """Speculative decoding must not be visible: a chain of steps with any accepted counts equals decoding the accepted tokens one by one."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ def conv_pool(slots, columns, dtype=torch.float32, seed=3, dim_first=True):
 @settings(max_examples=40, deadline=None)
 def test_chain_of_steps_equals_accepted_tokens_one_by_one(name, data):
     run, conv = RUNNERS[name], CONV_RUNNERS["reference" if name == "reference" else "op"]
+    # With vLLM's rounding goes its own epsilon in the norms, which shows where a vector is short.
+    reference = partial(RUNNERS["reference"], as_vllm=name == "op-as-vllm")
     rows, columns = data.draw(st.integers(1, 3), "rows"), data.draw(st.integers(1, 4), "columns")
     seed = data.draw(st.integers(0, 1000), "seed")
     r = torch.Generator().manual_seed(seed)
@@ -60,7 +64,7 @@ def test_chain_of_steps_equals_accepted_tokens_one_by_one(name, data):
                     x[token][None], plain_windows, weight, bias, from_vllm_decode(own, 1, PoolLayout.of(plain_windows))
                 )
                 torch.testing.assert_close(case.mixed_qkv[token][None], one.mixed_qkv, atol=1e-5, rtol=1e-5)
-                expected = RUNNERS["reference"](one, plain_states, from_vllm_decode(own, 1, PoolLayout.of(plain_states)))
+                expected = reference(one, plain_states, from_vllm_decode(own, 1, PoolLayout.of(plain_states)))
                 torch.testing.assert_close(out[token][None], expected, atol=1e-5, rtol=1e-5)
             owned = int(index[row, accepted[row] - 1])
             torch.testing.assert_close(states[owned], plain_states[row + 1], atol=1e-5, rtol=1e-5)

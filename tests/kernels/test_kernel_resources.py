@@ -66,7 +66,7 @@ def test_tensor_cores_multiply_and_wait_for_four_at_a_time(found):
     by_warp = {name: row for name, row in rows.items() if "warp_mma=True" in row["variant"]}
     together = {name: row for name, row in rows.items() if name not in by_warp}
     assert by_warp and not short_of(by_warp, hgmma=0, hmma=range(8, 100))
-    assert not short_of(together, hmma=0, hgmma=range(16, 100))
+    assert not short_of(together, hmma=0, hgmma=range(8, 100))
     assert not short_of(together, hgmma_per_arrive=4)
 
 

@@ -42,13 +42,13 @@ def test_two_cta_tiles_are_among_the_tactics_and_wide_tiles_need_whole_columns()
     assert blackwell.validity(PROBLEM, Tactic(64)) == "tile_tokens 64 (allowed: 128, 256)"
 
 
-@given(st.integers(1, 131072), st.sampled_from([64, 192, 768, 2048]), st.booleans())
+@given(st.integers(1, 131072), st.sampled_from([64, 192, 768, 2048]))
 @settings(max_examples=60, deadline=None)
-def test_the_choice_is_always_valid_and_announced(tokens, intermediate, ordered):
+def test_the_choice_is_always_valid_and_announced(tokens, intermediate):
     problem = replace(PROBLEM, intermediate=intermediate)
-    tactic = blackwell.choose(problem, tokens, ordered)
-    assert blackwell.validity(problem, tactic) is None and tactic.ordered is ordered
-    assert tactic in set(blackwell.tactics_met(problem, 131072, ordered))
+    tactic = blackwell.choose(problem, tokens)
+    assert blackwell.validity(problem, tactic) is None
+    assert tactic in set(blackwell.tactics_met(problem, 131072))
 
 
 @pytest.mark.parametrize(

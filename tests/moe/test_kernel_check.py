@@ -111,7 +111,7 @@ def hopper(monkeypatch):
         out.copy_(reference.fused_moe(x, *w13, weights.w13_scale_2, *w2, weights.w2_scale_2, topk_weights, topk_ids, problem, expert_map))
 
     monkeypatch.setattr(cuda, "fused_moe", fused_moe)
-    monkeypatch.setattr(kernel_check, "_prepare_hopper", lambda *_: None)
+    monkeypatch.setattr(cuda, "prepare_tactics", lambda *_: 0)
     monkeypatch.setattr(kernel_check, "ACTIVATIONS", (Activation(), Activation("relu2")))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     return called
