@@ -204,7 +204,8 @@ def score_vllm(
         with log.open("w") as output:
             command = [sys.executable, "-m", "moe_backend_plugin.verify", str(job), str(result)]
             code = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
-        if code or not result.exists():
+        # With the result there, nothing is left to do: vLLM's threads may abort the interpreter's own end ("terminate called ...").
+        if not result.exists():
             raise EngineError("vLLM", f"exit code {code}: {_cause(log.read_text(errors='replace'))}", "a model that vLLM serves")
         found = json.loads(result.read_text())
     return Scores(found["logprobs"], found["top1"])
@@ -238,7 +239,9 @@ def _engine_process(job_path: str, result_path: str) -> None:
         for token, candidates in zip(window[1:], output.prompt_logprobs[1:], strict=True):
             logprobs.append(candidates[token].logprob)
             top1.append(min(candidates, key=lambda candidate: candidates[candidate].rank))
-    Path(result_path).write_text(json.dumps({"logprobs": logprobs, "top1": top1}))
+    unfinished = Path(f"{result_path}.unfinished")
+    unfinished.write_text(json.dumps({"logprobs": logprobs, "top1": top1}))
+    unfinished.replace(result_path)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,12 @@ def test_logprobs_of_the_prompt(server: Server) -> None:
 def test_64_concurrent_requests_answer_as_when_sent_alone(server: Server) -> None:
     requests = mixed_requests(64)
     alone = [complete(server, *request) for request in requests]
-    together, most = complete_together(server, requests)
-    assert most >= 32, f"at most {most:.0f} requests ran at one moment: this was no test of a batch"
-    assert_same_answers(alone, together, requests)
+    for _ in range(3):  # a busy server says only now and then how many it runs
+        together, most = complete_together(server, requests)
+        assert_same_answers(alone, together, requests)
+        if most >= 32:
+            return
+    pytest.fail(f"at most {most:.0f} requests ran at one moment: this was no test of a batch")
 
 
 def open_streams(server: Server, count: int) -> list:
