@@ -52,6 +52,17 @@ def complete_together(server: Server, requests: list[tuple[str, int]]) -> tuple[
     return [future.result() for future in futures], most
 
 
+def assert_answers_do_not_depend_on_the_batch(server: Server, requests: list[tuple[str, int]], every: int = 1, running: int = 32) -> None:
+    """All requests at once are answered as each ``every``-th is alone, with at least ``running`` of them running at one moment."""
+    alone = [complete(server, *request) for request in requests[::every]]
+    for _ in range(3):  # a busy server says only now and then how many it runs
+        together, most = complete_together(server, requests)
+        assert_same_answers(alone, together[::every], requests[::every])
+        if most >= running:
+            return
+    raise AssertionError(f"at most {most:.0f} requests ran at one moment: this was no test of a batch")
+
+
 def divergence(alone: Answer, together: Answer) -> tuple[int, float] | None:
     """Where two answers part, and by how much the first answer preferred its own token there; None if they are equal.
 

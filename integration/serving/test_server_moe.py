@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from .answers import assert_same_answers, complete, complete_together, mixed_requests
+from .answers import assert_answers_do_not_depend_on_the_batch, complete, mixed_requests
 from .process import tail, until
 from .server import Server
 
@@ -70,14 +70,7 @@ def test_logprobs_of_the_prompt(server: Server) -> None:
 
 
 def test_64_concurrent_requests_answer_as_when_sent_alone(server: Server) -> None:
-    requests = mixed_requests(64)
-    alone = [complete(server, *request) for request in requests]
-    for _ in range(3):  # a busy server says only now and then how many it runs
-        together, most = complete_together(server, requests)
-        assert_same_answers(alone, together, requests)
-        if most >= 32:
-            return
-    pytest.fail(f"at most {most:.0f} requests ran at one moment: this was no test of a batch")
+    assert_answers_do_not_depend_on_the_batch(server, mixed_requests(64))
 
 
 def open_streams(server: Server, count: int) -> list:
