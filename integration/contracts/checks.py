@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from .source import Drift, Value
+from .source import Class, Drift, Function, Module, Value
 
 PLUGIN = Path(__file__).resolve().parents[2] / "moe_backend_plugin"
 
@@ -42,6 +42,19 @@ def check_value(source, release: object, symbol: str, wanted: Any) -> None:
     value = ast.literal_eval(found.value) if isinstance(found, Value) and found.value is not None else found
     if value != wanted:
         drift(f"{symbol}: {release} has {value!r}; the plugin relies on {wanted!r}")
+
+
+def check_texts(source, release: object, symbol: str, texts: Iterable[str]) -> None:
+    """The code of a class, a function or a module says what the plugin relies on."""
+    try:
+        found = source.resolve(symbol)
+    except Drift as error:
+        drift(error)
+    assert isinstance(found, (Class, Function, Module)), symbol
+    code = ast.unparse(found.tree if isinstance(found, Module) else found.node)
+    for text in texts:
+        if text not in code:
+            drift(f"{symbol}: {release} does not say {text!r} there")
 
 
 def check_entry_points(engine: str, group: str) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .source import Class, Function, Source, Value
+from .source import Function, Source, Value
 from .wheels import Release
 
 RELEASES = (Release("flashinfer-python", "0.7.0", "flashinfer"), Release("flashinfer-python", "0.7.2", "flashinfer"))
@@ -70,11 +70,6 @@ def run_from_text(source: Source, symbol: str, **names: Any) -> Any:
     scope = dict(names)
     exec(compile(ast.Module([node], []), symbol, "exec"), scope)  # noqa: S102
     return scope[node.name]
-
-
-def text_of(source: Source, symbol: str) -> str:
-    found = source.resolve(symbol)
-    return ast.unparse(found.node if isinstance(found, (Class, Function)) else found.tree)  # type: ignore[union-attr]
 
 
 PARTS = ("flashinfer/fused_moe/", "flashinfer/cute_dsl/", "flashinfer/quantization/")

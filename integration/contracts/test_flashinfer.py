@@ -23,7 +23,7 @@ from moe_backend_plugin.moe import blackwell
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.nvfp4 import blackwell as layout
 
-from .checks import PLUGIN, check_value, drift, per
+from .checks import PLUGIN, check_texts, check_value, drift, per
 from .flashinfer_contract import (
     ENGINE,
     FIRST,
@@ -36,7 +36,6 @@ from .flashinfer_contract import (
     VALUES,
     importable,
     run_from_text,
-    text_of,
     unpack,
 )
 from .source import Drift, Function
@@ -83,10 +82,7 @@ def test_value(source_of, release: Release, symbol: str):
 @per("symbol", TEXTS)
 @releases
 def test_text(source_of, release: Release, symbol: str):
-    code = text_of(source_of(release), symbol)
-    for text in TEXTS[symbol]:
-        if text not in code:
-            drift(f"{symbol}: {release} does not say {text!r} there")
+    check_texts(source_of(release), release, symbol, TEXTS[symbol])
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 
 from moe_backend_plugin.engines.sglang.hooks import HOOKS, Hook
 
-from .checks import PLUGIN, check_entry_points, check_parameters, check_value, drift, names_of, per
+from .checks import PLUGIN, check_entry_points, check_parameters, check_texts, check_value, drift, names_of, per
 from .sglang_contract import ENGINE, MODELOPT, RELEASES, SIGNATURES, SRT, TEXTS, USES, VALUES, VIEWS
 from .signatures import incompatible, signature_of, without_first
-from .source import Class, Drift, Function, Module
+from .source import Drift, Function
 from .usage import Plugin, PluginClass, Use
 from .wheels import Release
 
@@ -51,15 +51,7 @@ def test_value(source_of, release: Release, symbol: str):
 @per("symbol", TEXTS)
 @releases
 def test_text(source_of, release: Release, symbol: str):
-    try:
-        found = source_of(release).resolve(symbol)
-    except Drift as error:
-        drift(error)
-    assert isinstance(found, (Class, Function, Module)), symbol
-    code = ast.unparse(found.tree if isinstance(found, Module) else found.node)
-    for text in TEXTS[symbol]:
-        if text not in code:
-            drift(f"{symbol}: {release} does not say {text!r} there")
+    check_texts(source_of(release), release, symbol, TEXTS[symbol])
 
 
 @per("hook", [pytest.param(hook, id=f"{hook.module.rpartition('.')[2]}.{hook.name}") for hook in HOOKS])

@@ -9,8 +9,7 @@ import ast
 
 import pytest
 
-from .checks import PLUGIN, check_entry_points, check_parameters, check_value, drift, names_of, per
-from .flashinfer_contract import text_of
+from .checks import PLUGIN, check_entry_points, check_parameters, check_texts, check_value, drift, names_of, per
 from .signatures import incompatible, misfit, signature_of, without_first
 from .source import Class, Drift, Function, Value
 from .usage import Plugin, PluginClass, Use
@@ -56,13 +55,7 @@ def test_value(source_of, release: Release, symbol: str):
 @per("symbol", TEXTS)
 @releases
 def test_text(source_of, release: Release, symbol: str):
-    try:
-        code = text_of(source_of(release), symbol)
-    except Drift as error:
-        drift(error)
-    for text in TEXTS[symbol]:
-        if text not in code:
-            drift(f"{symbol}: {release} does not say {text!r} there")
+    check_texts(source_of(release), release, symbol, TEXTS[symbol])
 
 
 @per("caller", CALLERS)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginError
+from ..kernels.compile import name_of
 from ..nvfp4 import blackwell as layout
 from ..nvfp4.blackwell import ActivationScales
 from . import memset, workspace
@@ -38,8 +39,6 @@ TILE_TOKENS = (128, 256)
 LARGE = 192
 """Mean tokens of an active expert from which tiles of 256 are taken. Not measured here."""
 NO_LIMIT = torch.finfo(torch.float32).max
-EVERY_STREAM = 0
-"""Key of the arena, as in :mod:`.cuda`."""
 
 
 # --- tactics ----------------------------------------------------------------------------------------------------------
@@ -313,7 +312,7 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_
     FlashInfer compiles a kernel at its first launch: :func:`.kernel_check.require` launches each before the first request.
     """
     memset.of(device)
-    return workspace.Arena.get(device, largest(problem, max_tokens, scales, tokens).bytes, EVERY_STREAM).bytes
+    return workspace.Arena.get(device, largest(problem, max_tokens, scales, tokens).bytes, workspace.EVERY_STREAM).bytes
 
 
 def tactics_met(problem: MoEProblem, max_tokens: int) -> Iterator[Tactic]:
@@ -349,7 +348,7 @@ def fused_moe(
     tactic = tactic or choose(problem, tokens)
     scales = weights.activation_scales
     found = plan(problem, tokens, tactic, scales, x.dtype)
-    memory = workspace.Arena.get(x.device, found.bytes, EVERY_STREAM).views(found)
+    memory = workspace.Arena.get(x.device, found.bytes, workspace.EVERY_STREAM).views(found)
     zeros = memset.of(x.device)
     experts, ids = problem.num_experts, topk_ids
     if expert_map is not None:
@@ -451,7 +450,7 @@ def _first(
         topk=problem.top_k,
         a_dtype="float4_e2m1fn",
         b_dtype="float4_e2m1fn",
-        c_dtype="float4_e2m1fn" if static else str(dtype).removeprefix("torch."),
+        c_dtype="float4_e2m1fn" if static else name_of(dtype),
         quantize_output=static,
         mma_tiler_mn=(tactic.tile_tokens, tactic.gate_up_columns),
         cluster_shape_mn=(tactic.tile_tokens // 128, 1),

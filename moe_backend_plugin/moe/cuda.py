@@ -27,8 +27,6 @@ HIDDEN, WIDTH = range(256, 16385), range(16, 8193)
 FEW_PAIRS = 32, 128
 """Up to so many pairs the expert kernels with tiles of 8 tokens sort for themselves: in every block of both, which costs less than a
 launch."""
-EVERY_STREAM = 0
-"""Key of the arena: an engine runs the layers of a device one after another, whichever of its streams is current."""
 
 
 class Weights(NamedTuple):
@@ -158,7 +156,7 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device
     compiled = kernels.prepare(GEMM, needed, architecture)
     compiled += kernels.prepare(route.ROUTE, route.route_variants(index, mapped), architecture)
     compiled += kernels.prepare(route.COMBINE, route.combine_variants(tokens, tokens, problem.top_k), architecture)
-    workspace.Arena.get(device, _largest(problem, max_tokens, tokens, _multiprocessors(device.index or 0)).bytes, EVERY_STREAM)
+    workspace.Arena.get(device, _largest(problem, max_tokens, tokens, _multiprocessors(device.index or 0)).bytes, workspace.EVERY_STREAM)
     return compiled
 
 
@@ -170,7 +168,7 @@ def prepare_tactics(
     compiled = prepare(problem, tokens, ids.index, device, max_tokens, ids.mapped)
     needed = dict.fromkeys(variant for tactic in found for variant in variants_of(problem, tokens, tactic, ids))
     compiled += kernels.prepare(GEMM, needed, kernels.device_architecture(device.index or 0, ARCHITECTURES))
-    workspace.Arena.get(device, tactics.largest_plan(problem, max_tokens, found, tokens, route.scratch_ints).bytes, EVERY_STREAM)
+    workspace.Arena.get(device, tactics.largest_plan(problem, max_tokens, found, tokens, route.scratch_ints).bytes, workspace.EVERY_STREAM)
     return compiled
 
 
@@ -264,7 +262,7 @@ def fused_moe(
         return
     device, activation = x.device, problem.activation
     call = _call(device.index, problem, tokens, x.dtype, Ids(topk_ids.dtype, expert_map is not None), choice)
-    memory = workspace.Arena.get(device, call.plan.bytes, EVERY_STREAM).views(call.plan)
+    memory = workspace.Arena.get(device, call.plan.bytes, workspace.EVERY_STREAM).views(call.plan)
     position = memory["position"]
     if call.sorts:
         route.check(topk_ids, expert_map)

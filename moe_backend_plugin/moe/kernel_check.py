@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..device import FLASHINFER
 from ..errors import UnsupportedLayerError
+from ..kernels.compile import name_of
 from ..nvfp4.blackwell import ActivationScales
 from ..nvfp4.format import quantize
 from . import balanced, blackwell, cuda, reference, tactics, tiles
@@ -270,5 +271,5 @@ def cpu_rows(tokens: Sequence[int] = (1, 5, 70)) -> Iterator[Row]:
                     weights = (w13, w13_scale, w13_scale_2, w2, w2_scale, w2_scale_2)
                     out = nvfp4_moe(made.x, *weights, made.topk_weights, made.topk_ids, activation, **scales)
                     found = compare(out, made.right(), W4A4 if precision == "nvfp4" else W4A16)
-                    name = str(dtype).removeprefix("torch.")
+                    name = name_of(dtype)
                     yield Row("nvfp4_moe", f"{_case(problem)}, activations {precision}", name, count, *found)

@@ -26,6 +26,8 @@ ROW_SLACK = 256
 """Rows after the last one of ``h`` and ``y``: a kernel may read or write the largest tile whole from any position."""
 WIDTH = 64
 """The expert width is padded to a multiple of this, as in ``nvfp4.hopper``."""
+EVERY_STREAM = 0
+"""Key of an arena that an engine's layers share: it runs those of a device one after another, whichever of its streams is current."""
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLANS = 512
 

@@ -97,7 +97,7 @@ def test_each_launch_has_inputs_and_weights_of_its_own(calls):
 def test_one_arena_holds_every_tactic(calls):
     problem, first = PROBLEMS["all"]
     _, found = layer(problem, first, 64)
-    held = workspace.Arena.get(CPU, 0, cuda.EVERY_STREAM).bytes
+    held = workspace.Arena.get(CPU, 0, workspace.EVERY_STREAM).bytes
     for tactic in found:
         assert workspace.plan(problem, 64, workspace.Call(tactic.tile_tokens), torch.bfloat16, bench.route.scratch_ints).bytes <= held
 

@@ -254,9 +254,9 @@ def test_prepare_compiles_what_calls_launch_and_sizes_the_arena():
     case = layer(SHAPES[1])
     cuda.prepare(case.problem, torch.bfloat16, torch.int32, DEVICE, 512, False)
     known = set(kernels._loaded)
-    size = workspace.Arena.get(DEVICE, 0, cuda.EVERY_STREAM).bytes
+    size = workspace.Arena.get(DEVICE, 0, workspace.EVERY_STREAM).bytes
     assert size >= cuda.arena_bytes(case.problem, 512)
     for tokens in range(1, 513, 3):
         case.call(*inputs(case.problem, tokens))
     assert set(kernels._loaded) == known
-    assert workspace.Arena.get(DEVICE, 0, cuda.EVERY_STREAM).bytes == size
+    assert workspace.Arena.get(DEVICE, 0, workspace.EVERY_STREAM).bytes == size
