@@ -38,8 +38,8 @@ from .moe_route import Variant as RouteVariant
 
 SHARED_BYTES = 227 * 1024
 """The most that a thread block may have."""
-REGISTERS, PRODUCER_REGISTERS = 65536, 48
-"""Of a multiprocessor, and what a loading thread keeps where it hands over the others."""
+REGISTERS, PRODUCER_REGISTERS, MOST_REGISTERS = 65536, 48, 248
+"""Of a multiprocessor, what a loading thread keeps where it hands over the others, and the most that a thread can have."""
 SORTED_PAIRS = (32, 128)
 """``pairs`` of kernels that sort: threads of a "ballot", see moe_route."""
 TYPES = {"bfloat16": BFloat16, "float16": Float16}
@@ -137,7 +137,7 @@ class Variant:
         every thread, a multiple of 8: who asks for more waits for ever."""
         consumers = self.row_groups * self.k_groups * WARPGROUP
         launched = REGISTERS // (consumers + self.producers) // 8 * 8 * (consumers + self.producers)
-        return (launched - self.producers * PRODUCER_REGISTERS) // consumers // 8 * 8
+        return min(MOST_REGISTERS, (launched - self.producers * PRODUCER_REGISTERS) // consumers // 8 * 8)
 
     def __post_init__(self) -> None:
         if self.tile_tokens % 8 or not 8 <= self.tile_tokens <= 256 or (self.tile_tokens > 8 and self.tile_tokens % 16):

@@ -75,6 +75,7 @@ def test_valid_shapes_are_variants_of_the_kernel(shape):
         assert variant.stages >= 2 and shape.rows == variant.rows
         if variant.regroup:  # what the warpgroups ask for must be there when the block starts, or they wait for ever
             held = (threads - variant.producers) * variant.consumer_registers + variant.producers * PRODUCER_REGISTERS
+            assert PRODUCER_REGISTERS <= variant.consumer_registers <= 255, tactics.name(Choice(shape, shape))
             assert shape.blocks == 1 and held <= 65536 // threads // 8 * 8 * threads
 
 
