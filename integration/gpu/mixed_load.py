@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +30,6 @@ from stamp import gpu_stamp  # noqa: E402
 
 MODELS = ROOT / "integration/models"
 RESULTS = ROOT / "integration/bench/results"
-PORT = 8123
 NOISE = 0.13
 """Two steps of bfloat16 logits between 8 and 16: each of two runs may be off by one."""
 
@@ -39,23 +39,31 @@ def parser(description: str | None, out: str, log: str) -> argparse.ArgumentPars
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--minutes", type=float, default=8)
     found.add_argument("--clients", type=int, default=256)
+    found.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for the server: several runs fit on one")
     found.add_argument("--out", type=Path, default=RESULTS / out)
     found.add_argument("--log", type=Path, default=Path(log))
     return found
 
 
-def start(model: Path, settings: dict, log: Path, *further: str) -> subprocess.Popen:
+def free_port() -> int:
+    """A port that nobody listens on, so that several servers can run side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(model: Path, settings: dict, log: Path, port: int, memory: float, *further: str) -> subprocess.Popen:
     """vLLM's server with this package's ``settings`` and ``further`` arguments, once it answers."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "nvfp4_cutedsl"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(PORT), "--served-model-name", "m"]
-    command += ["--enable-prefix-caching", "--gpu-memory-utilization", "0.5", "--no-enable-log-requests"]
+    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
+    command += ["--enable-prefix-caching", "--gpu-memory-utilization", str(memory), "--no-enable-log-requests"]
     command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     command += ["--additional-config", json.dumps({"moe_backend_plugin": settings}), *further]
     server = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
             return server
         except OSError:
             if server.poll() is not None:
@@ -99,10 +107,10 @@ class OpenAI:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls):
+    async def connect(cls, port: int):
         import openai
 
-        yield cls(openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", max_retries=0, timeout=300))
+        yield cls(openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300))
 
     def _ask(self, prompt: Sequence[int], tokens: int, **options):
         extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
@@ -182,7 +190,12 @@ def measure(
 ) -> None:
     """Serve ``model`` in vLLM, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went
     wrong."""
-    record(arguments, model, cell, lambda: start(model, settings, arguments.log, *further), OpenAI.connect, command, kernel)
+    port = free_port()
+
+    def serve() -> subprocess.Popen:
+        return start(model, settings, arguments.log, port, arguments.memory, *further)
+
+    record(arguments, model, cell, serve, lambda: OpenAI.connect(port), command, kernel)
 
 
 def record(

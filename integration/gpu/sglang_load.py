@@ -47,10 +47,11 @@ def main() -> None:
     options.add_argument("--sampling-backend", default="pytorch")
     arguments = options.parse_args()
     model, provider = MODELS / arguments.model, arguments.provider
-    backends = ("--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend)
+    further = ["--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend]
+    further += ["--mem-fraction-static", str(arguments.memory)]
 
     def serve():
-        server = sglang_server.start(model, provider, arguments.log, *backends)
+        server = sglang_server.start(model, provider, arguments.log, *further)
         if unsaid := sglang_server.missing(arguments.log, model.name, provider):
             stop(server)
             raise SystemExit(f"{arguments.log} does not say: {', '.join(unsaid)}")
