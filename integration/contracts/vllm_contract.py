@@ -203,11 +203,8 @@ CALLERS = [
         for c in ("Nvfp4LinearMethod", *EXPERT_METHODS)
     ),
     Caller(f"{RELOAD}.layerwise", "param.weight_loader", "Nvfp4MoEMethod._scalar_loader.load"),
-    *(
-        Caller(f"{LAYERS}.fused_moe.routed_experts", f"quant_method.{name}", f"{c}.{name}")
-        for c in EXPERT_METHODS
-        for name in ("create_weights", "apply")
-    ),
+    Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.create_weights", "Nvfp4MoEMethod.create_weights"),
+    *(Caller(f"{LAYERS}.fused_moe.routed_experts", "quant_method.apply", f"{c}.apply") for c in EXPERT_METHODS),
     *(
         Caller(MODULAR, f"self.fused_experts.{name}", f"HopperExperts.{name}")
         for name in ("workspace_shapes", "moe_problem_size", "finalize_weight_and_reduce_impl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +13,8 @@ import torch
 from moe_backend_plugin.moe import reference
 from moe_backend_plugin.moe.problem import MoEProblem
 from moe_backend_plugin.nvfp4 import hopper
+
+MULTIPROCESSORS = 78
 
 
 class Weights(NamedTuple):
@@ -39,7 +41,8 @@ class Kernels:
         self.prepared.append(arguments)
         return 3
 
-    def arena_bytes(self, problem: MoEProblem, max_tokens: int) -> int:
+    def arena_bytes(self, problem: MoEProblem, max_tokens: int, tokens: torch.dtype, multiprocessors: int) -> int:
+        assert multiprocessors == MULTIPROCESSORS
         return max_tokens << 10
 
     def fused_moe(self, x, weights, topk_weights, topk_ids, problem, out, expert_map=None) -> None:
@@ -60,6 +63,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     module.Weights = Weights
     for function in ("unsupported_reason", "prepare", "arena_bytes", "fused_moe"):
         setattr(module, function, getattr(kernels, function))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(moe, "cuda", module, raising=False)
     # The adapter may have been imported with another one.

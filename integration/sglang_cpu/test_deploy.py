@@ -31,6 +31,7 @@ def test_sglang_reads_its_configurations(sglang, tmp_path, source):
     arguments = sglang.prepare_server_args(["--model-path", "m", "--config", str(file)])
     written = yaml.safe_load(source())
     assert written["moe-backend"] == arguments.moe_runner_backend == "cutedsl"
+    assert arguments.linear_attn_decode_backend == "cutedsl_plugin"
     found = {name: getattr(arguments, name.replace("-", "_")) for name in written if name != "moe-backend"}
     assert found == {name: value for name, value in written.items() if name != "moe-backend"}
 

@@ -82,6 +82,7 @@ def _kernels(as_json: bool) -> None:
             raise InputError("--kernels", found, "compute capability 9.0, 10.0 or 10.3, or a machine without a GPU")
     rows = list(self_check.rows(device))
     wrong = [row for row in rows if row.reason]
+    lost = next((row for row in rows if row.device_lost), None)
     ran = sorted({row.kernel for row in rows})
     if as_json:
         print_json({"device": name, "kernels": ran, "rows": [row._asdict() for row in rows], "passed": not wrong})
@@ -94,6 +95,9 @@ def _kernels(as_json: bool) -> None:
         ):
             if kernel not in ran:
                 print(f"{whose} kernels of the experts were not run: this machine has no GPU of compute capability {capability}")
+        if lost:
+            what = f"{lost.kernel} {lost.tactic} at {lost.tokens} tokens, which {lost.reason}"
+            print(f"the remaining checks were not run: the GPU is lost to {what}")
         print(f"problem: {len(wrong)} of {len(rows)} calls are wrong" if wrong else f"all {len(rows)} calls agree with the reference")
     if wrong:
         raise typer.Exit(EXIT_WRONG)

@@ -23,5 +23,6 @@ def prepare(
     tactics.use(config.moe.tactics)
     if compiled := cuda.prepare(problem, tokens, INDEX, device, max_tokens, mapped):
         say("Compiled %d NVFP4 MoE kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
-    mib = cuda.arena_bytes(problem, max_tokens) / 2**20
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    mib = cuda.arena_bytes(problem, max_tokens, tokens, multiprocessors) / 2**20
     say("NVFP4 MoE workspace, shared by all layers: %.1f MiB for calls of up to %d tokens", mib, max_tokens)

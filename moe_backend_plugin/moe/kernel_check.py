@@ -8,11 +8,11 @@ shape with a few experts goes through every tactic that calls can meet, and what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from typing import NamedTuple
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ TOKENS = (1, 5, 300)
 
 
 class Row(NamedTuple):
-    """One comparison. reason: why it is wrong, or None. max_abs, relative: largest error of an element, and of all in the norm."""
+    """One comparison. reason: why it is wrong, or None. max_abs, relative: largest error of an element, and of all in the norm.
+
+    device_lost: the device answers nothing since, in this process: the remaining comparisons were not made.
+    """
 
     kernel: str
     case: str
@@ -43,6 +46,48 @@ class Row(NamedTuple):
     reason: str | None
     max_abs: float
     relative: float
+    device_lost: bool = False
+
+
+Found = tuple[str | None, float, float]
+"""A row's reason, max_abs and relative."""
+
+
+def attempt(device: torch.device, kernel: str, case: str, tactic: str, tokens: int, check: Callable[..., Found], *arguments: object) -> Row:
+    """The row of what ``check`` finds with ``arguments``; an error that it raises is the row's reason."""
+    try:
+        return Row(kernel, case, tactic, tokens, *check(*arguments))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        reason = f"fails: {type(error).__name__}: {_first_line(error)}"
+        return Row(kernel, case, tactic, tokens, reason, math.nan, math.nan, _is_lost(error, device))
+
+
+def _is_lost(error: Exception, device: torch.device) -> bool:
+    """Whether the device can run nothing more. Compilers of kernels have errors of their own, so torch is asked."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def until_lost(rows: Callable[_Arguments, Iterator[Row]]) -> Callable[_Arguments, Iterator[Row]]:
+    """``rows``, but none after one that lost the device: they would fail whatever their kernels are."""
+
+    @wraps(rows)
+    def until(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Iterator[Row]:
+        for found in rows(*args, **kwargs):
+            yield found
+            if found.device_lost:
+                return
+
+    return until
 
 
 class Layer(NamedTuple):
@@ -54,13 +99,14 @@ class Layer(NamedTuple):
     x: Tensor
     topk_weights: Tensor
     topk_ids: Tensor
+    expert_map: Tensor | None = None
 
     def right(self, by_token: bool = False, exact: bool = False) -> Tensor:
         """The output in float32. ``by_token``: with a scale a token instead of the static ones. ``exact``: nothing is rounded to x's dtype,
         the second projection's input neither."""
         w13, w2 = (None, None) if by_token else self.input_scales or (None, None)
         x = self.x.float() if exact else self.x
-        arguments = (x, *self.weights, self.topk_weights, self.topk_ids, self.problem)
+        arguments = (x, *self.weights, self.topk_weights, self.topk_ids, self.problem, self.expert_map)
         return reference.fused_moe(*arguments, w13_input_scale=w13, w2_input_scale=w2, by_token=by_token).float()
 
 
@@ -77,32 +123,42 @@ def _plain_torch() -> Iterator[None]:
 
 
 def layer(problem: MoEProblem, tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Layer:
-    """A random layer whose experts all are local, the same on every machine of a kind; ids outside the experts among its choices."""
+    """A random layer, the same on every machine of a kind; ids outside the experts among its choices.
+
+    A problem with fewer local experts than experts gets a map to them, in an order of its own, from all over the model's.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def projection(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         found = [
             quantize(torch.randn(rows, columns, device=device, generator=generator) / math.sqrt(columns) * (1 + 0.1 * expert))
-            for expert in range(problem.num_experts)
+            for expert in range(problem.num_local_experts)
         ]
         return tuple(torch.stack([getattr(one, part) for one in found]) for part in ("packed", "scale", "scale_2"))  # type: ignore[return-value]
 
     w13, w13_scale, first = projection(problem.w13_rows, problem.hidden)
     w2, w2_scale, second = projection(problem.hidden, problem.intermediate)
-    experts, halves = problem.num_experts, 2 if problem.activation.gated else 1
+    experts, halves = problem.num_local_experts, 2 if problem.activation.gated else 1
     weights = (w13, w13_scale, first.view(-1, 1).expand(-1, halves).contiguous(), w2, w2_scale, second)
     x = torch.randn(tokens, problem.hidden, device=device, generator=generator).to(dtype)
     scales = None
     if problem.activation_precision == "nvfp4":
         # One for all: the kernels have no other. Of order of the values' largest.
         scales = tuple(torch.full(shape, amax / 2688, device=device) for shape, amax in (((experts, halves), 5.0), ((experts,), 8.0)))
-    chosen, ids = (part.to(device) for part in balanced.routing(problem, tokens, seed=seed))
+    everywhere = replace(problem, num_local_experts=problem.num_experts)
+    chosen, ids = (part.to(device) for part in balanced.routing(everywhere, tokens, seed=seed))
     if tokens > 2:
         ids[1, 0], ids[2, -1] = -1, problem.num_experts + 7
-    return Layer(problem, weights, scales, x, chosen, ids)
+    expert_map = None
+    if experts < problem.num_experts:
+        expert_map = torch.full((problem.num_experts,), -1, dtype=torch.int32)
+        here = torch.randperm(problem.num_experts, generator=torch.Generator().manual_seed(seed))[:experts]
+        expert_map[here] = torch.arange(experts, dtype=torch.int32)
+        expert_map = expert_map.to(device)
+    return Layer(problem, weights, scales, x, chosen, ids, expert_map)
 
 
-def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> tuple[str | None, float, float]:
+def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> Found:
     """(why ``out`` [M, H] is wrong, or None; largest error of an element; relative error in the norm)."""
     if bad := int((~out.isfinite()).sum()):
         return f"not finite: {bad} of {out.numel()} values", math.nan, math.nan
@@ -119,6 +175,7 @@ def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> tuple[st
 # --- Blackwell --------------------------------------------------------------------------------------------------------
 
 
+@until_lost
 def blackwell_rows(
     problem: MoEProblem,
     device: torch.device,
@@ -130,7 +187,8 @@ def blackwell_rows(
 ) -> Iterator[Row]:
     """Every tactic (default: all that are valid) of a small layer with all experts local, with static scales and with a scale a token.
 
-    A tactic whose sums have an order must give the same bits again. An error that FlashInfer raises is a row's reason.
+    A tactic whose sums have an order must give the same bits again. An error that FlashInfer raises is a row's reason,
+    and its row the last if the device is lost.
     """
     for count in tokens:
         made = layer(problem, count, device, dtype)
@@ -139,24 +197,28 @@ def blackwell_rows(
             right = made.right(by_token=kind == "token", exact=kind == "static")
             weights = blackwell.pack(problem, *made.weights, *(made.input_scales if kind == "static" else ()))
             blackwell.prepare(problem, made.x.dtype, device, count, kind)
+            case = f"{_case(problem)}, {'one scale' if kind == 'static' else 'a scale a token'}"
             for tactic in tactics or blackwell.every(problem):
+                yield attempt(device, "flashinfer", case, tactic.name, count, _blackwell, tactic, weights, made, right, flashinfer)
 
-                def call(tactic: blackwell.Tactic = tactic, weights: blackwell.Weights = weights, made: Layer = made) -> Tensor:
-                    out = torch.full_like(made.x, math.nan)
-                    blackwell.fused_moe(
-                        *(made.x, weights, made.topk_weights, made.topk_ids, problem, out), tactic=tactic, flashinfer=flashinfer
-                    )
-                    return out
 
-                case = f"{_case(problem)}, {'one scale' if kind == 'static' else 'a scale a token'}"
-                try:
-                    first = call()
-                    reason, max_abs, relative = compare(first, right, W4A4)
-                    if reason is None and tactic.ordered and not torch.equal(first, call()):
-                        reason = "not repeatable"
-                except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
-                    reason, max_abs, relative = f"fails: {type(error).__name__}: {_first_line(error)}", math.nan, math.nan
-                yield Row("flashinfer", case, tactic.name, count, reason, max_abs, relative)
+def _blackwell(
+    tactic: blackwell.Tactic, weights: blackwell.Weights, made: Layer, right: Tensor, flashinfer: blackwell.Library | None
+) -> Found:
+    def call() -> Tensor:
+        out = torch.full_like(made.x, math.nan)
+        arguments = (made.x, weights, made.topk_weights, made.topk_ids, made.problem, out)
+        blackwell.fused_moe(*arguments, tactic=tactic, flashinfer=flashinfer)
+        return out
+
+    first = call()
+    found = compare(first, right, W4A4)
+    return _steady(found, first, call()) if tactic.ordered else found
+
+
+def _steady(found: Found, first: Tensor, again: Tensor) -> Found:
+    """``found`` of ``first``, wrong at least if the same call gave other bits ``again``."""
+    return found if found[0] or torch.equal(first, again) else ("not repeatable", *found[1:])
 
 
 def _case(problem: MoEProblem) -> str:
@@ -213,6 +275,7 @@ def require(
 ACTIVATIONS = (Activation(), Activation(limit=0.7), Activation("swigluoai", 1.702, 1.0, 7.0), Activation("relu2"))
 
 
+@until_lost
 def rows(device: torch.device) -> Iterator[Row]:
     """The expert kernels of ``device``, in every way that they can be cut up."""
     if device.type != "cuda":
@@ -226,33 +289,35 @@ def rows(device: torch.device) -> Iterator[Row]:
     yield from hopper_rows(device)
 
 
+@until_lost
 def hopper_rows(device: torch.device, tokens: Sequence[int] = TOKENS) -> Iterator[Row]:
-    """Every shape that a tactic can cut either projection into, on one small layer, and the heuristic's tactics with every activation."""
+    """Every shape that a tactic can cut either projection into, on one small layer; and the heuristic's tactics with every activation,
+    with float16 tokens, and with a map to half of the experts."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    for number, activation in enumerate(ACTIVATIONS):
-        problem = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K, activation)
+    small = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K)
+    cases = [(_case(problem), problem, torch.bfloat16) for problem in (replace(small, activation=one) for one in ACTIVATIONS)]
+    cases.append((f"{_case(small)}, float16 tokens", small, torch.float16))
+    mapped = replace(small, num_local_experts=EXPERTS // 2)
+    cases.append((f"{_case(mapped)}, {mapped.num_local_experts} of {EXPERTS} experts", mapped, torch.bfloat16))
+    for number, (case, problem, dtype) in enumerate(cases):
         found = [tiles.choose(problem, count, multiprocessors) for count in tokens]
         if number == 0:
             found += tactics.alike(problem)
         found = list(dict.fromkeys(found))
-        cuda.prepare_tactics(problem, torch.bfloat16, found, device, max(tokens))
+        ids = cuda.Ids(mapped=problem is mapped)
+        cuda.prepare_tactics(problem, dtype, found, device, max(tokens), ids)
         for count in tokens:
-            made = layer(problem, count, device)
+            made = layer(problem, count, device, dtype)
             right, packed = made.right(), cuda.pack(problem, *made.weights)
             for tactic in found:
-                out = torch.full_like(made.x, math.nan)
-                again = out.clone()
-                try:
-                    for target in (out, again):
-                        cuda.fused_moe(made.x, packed, made.topk_weights, made.topk_ids, problem, target, choice=tactic)
-                    reason, max_abs, relative = compare(out, right, W4A16)
-                    if reason is None and not torch.equal(out, again):
-                        reason = "not repeatable"
-                except (RuntimeError, ValueError) as error:
-                    if type(error).__name__ == "AcceleratorError":  # of the device: nothing after it means anything
-                        raise
-                    reason, max_abs, relative = f"fails: {type(error).__name__}: {_first_line(error)}", math.nan, math.nan
-                yield Row("moe_gemm", _case(problem), tactics.name(tactic), count, reason, max_abs, relative)
+                yield attempt(device, "moe_gemm", case, tactics.name(tactic), count, _hopper, tactic, packed, made, right)
+
+
+def _hopper(tactic: tiles.Choice, packed: cuda.Weights, made: Layer, right: Tensor) -> Found:
+    first, again = (torch.full_like(made.x, math.nan) for _ in range(2))
+    for out in (first, again):
+        cuda.fused_moe(made.x, packed, made.topk_weights, made.topk_ids, made.problem, out, made.expert_map, choice=tactic)
+    return _steady(compare(first, right, W4A16), first, again)
 
 
 def cpu_rows(tokens: Sequence[int] = (1, 5, 70)) -> Iterator[Row]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from moe_backend_plugin import self_check
@@ -12,7 +15,41 @@ CPU = torch.device("cpu")
 
 def test_the_operators_of_a_cpu_pass():
     found = [*self_check.gdn_rows(CPU), *self_check.linear_rows()]
-    assert len(found) == 10 and not [row for row in found if row.reason]
+    assert len(found) == 20 and not [row for row in found if row.reason]
+
+
+def test_rows_with_drafts_are_of_every_length_and_count():
+    """A decode that ignored a row's accepted tokens, or kept only its last state, would be seen."""
+    step = self_check._Step(torch.float32, 128, self_check.DRAFTS, torch.Generator().manual_seed(0))
+    owned, accepted, starts = step.tables
+    assert set(accepted.tolist()) == set(starts.diff().tolist()) == {1, 2, 3} and starts[-1] == len(step.mixed)
+    assert torch.equal(step.slots.read[2:], owned[2:].gather(1, accepted[2:, None].long() - 1)[:, 0])
+    assert {table.dtype for table in step.tables} == {torch.int32} and step.slots.write.shape == owned.shape
+
+
+def test_the_rows_reach_every_kernel_of_a_gpu():
+    cuda = pytest.importorskip("moe_backend_plugin.gdn.cuda")
+    for size in (4, 2):
+        for ragged in (False, True):
+            met = {cuda.tile_for(size, count * self_check.HEADS[1], ragged) for count in self_check.COUNTS}
+            assert met == set(cuda.tiles(size, ragged))
+
+
+def test_a_gpu_decodes_drafts_as_an_engine_asks_for_it(monkeypatch):
+    """The kernel gets the tables, not what this package's slots make of them."""
+    cuda = pytest.importorskip("moe_backend_plugin.gdn.cuda")
+    called = []
+    monkeypatch.setattr(cuda, "decode", lambda *arguments, **more: called.append((arguments[6], more)))
+    for drafts in (0, self_check.DRAFTS):
+        step = self_check._Step(torch.float32, 3, drafts, torch.Generator().manual_seed(0))
+        mixed = SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=step.mixed.shape, dtype=step.mixed.dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "full", lambda *_, **__: None)
+            self_check._decode(mixed, step.a, step.b, step.a_log, step.bias, step.pool, step.slots, step.tables)
+    (single, nothing), (owned, tables) = called
+    assert single.dim() == 1 and nothing == {}
+    assert owned is tables["write"] is step.tables[0] and tables["max_tokens"] == 3
+    assert (tables["num_accepted"], tables["cu_seqlens"]) == step.tables[1:]
 
 
 def test_mistakes_of_decode_are_named(monkeypatch):
@@ -23,7 +60,7 @@ def test_mistakes_of_decode_are_named(monkeypatch):
 
     def wrong_state(*args):
         out = right(*args)
-        args[5][args[6].read] *= 1.1
+        args[5][args[6].write[args[6].write > 0]] *= 1.1
         return out
 
     def foreign_slot(*args):
@@ -32,14 +69,45 @@ def test_mistakes_of_decode_are_named(monkeypatch):
         args[5][0, 0, 0, 0] += 1
         return out
 
+    def refuses(*args):
+        raise RuntimeError("no such kernel\nmore")
+
     for mistake, words in (
         (wrong_output, "wrong: relative"),
         (wrong_state, "states wrong"),
-        (foreign_slot, "a slot of no row has changed"),
+        (foreign_slot, "a slot that no row writes has changed"),
+        (refuses, "fails: RuntimeError: no such kernel"),
     ):
         monkeypatch.setattr(self_check, "_decode", mistake)
         found = list(self_check.gdn_rows(CPU, (6,)))
-        assert len(found) == 2 and all(row.reason and row.reason.startswith(words) for row in found), mistake
+        assert len(found) == 4 and all(row.reason and row.reason.startswith(words) for row in found), mistake
+
+
+def test_a_wrong_accepted_count_is_named(monkeypatch):
+    """One row that resumes from another of its slots is enough; without drafts there is no count."""
+    right = self_check._decode
+
+    def from_another_slot(*args):
+        if args[7] is not None:
+            args[6].read[2] = args[7][0][2, args[7][1][2] % 3]
+        return right(*args)
+
+    monkeypatch.setattr(self_check, "_decode", from_another_slot)
+    for row in self_check.gdn_rows(CPU, (6,)):
+        assert bool(row.reason and row.reason.startswith("wrong")) == ("drafts" in row.tactic)
+
+
+def test_a_lost_device_ends_the_checks(monkeypatch):
+    calls = []
+
+    def lost(*args):
+        calls.append(args)
+        raise torch.AcceleratorError("illegal memory access\nmore")
+
+    monkeypatch.setattr(self_check, "_decode", lost)
+    monkeypatch.setattr(self_check.kernel_check, "rows", lambda device: iter(()))
+    (row,) = self_check.rows(CPU)
+    assert len(calls) == 1 and row.device_lost and row.reason == "fails: AcceleratorError: illegal memory access"
 
 
 def test_a_mistake_of_the_dense_layer_is_named(monkeypatch):

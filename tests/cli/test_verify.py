@@ -168,6 +168,20 @@ def test_a_wrong_kernel_ends_the_command_with_1(monkeypatch):
     assert done.exit_code == 1 and "not finite: 1 of 9 values (at 7 tokens)" in done.stdout and "problem: 1 of 2 calls" in done.stdout
 
 
+def test_a_lost_gpu_is_told_from_a_wrong_kernel(monkeypatch):
+    from moe_backend_plugin import self_check
+    from moe_backend_plugin.moe import kernel_check
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wrong = kernel_check.Row("moe_gemm", "a layer", "t8", 1, "not repeatable", 0.1, 0.1)
+    lost = wrong._replace(tokens=5, reason="fails: AcceleratorError: CUDA error", device_lost=True)
+    monkeypatch.setattr(self_check, "rows", lambda device: iter([wrong, lost]))
+    done = invoke("--kernels")
+    words = "the remaining checks were not run: the GPU is lost to moe_gemm t8 at 5 tokens, which fails: AcceleratorError: CUDA error"
+    assert done.exit_code == 1 and words in done.stdout and "problem: 2 of 2 calls" in done.stdout
+    assert [row["device_lost"] for row in json.loads(invoke("--kernels", "--json").stdout)["rows"]] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("capability", "words"), [((8, 0), "compute capability 8.0; allowed: compute capability 9.0"), ((10, 0), "FlashInfer 0.7")]
 )

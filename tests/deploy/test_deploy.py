@@ -106,6 +106,14 @@ def test_entry_points_start_the_engine_with_the_plugin(engine, command):
 SGLANG_SERVE = ["sglang", "serve", "--model-path", "nvidia/Qwen3-30B-A3B-NVFP4", "--config"]
 
 
+def test_sglang_serves_experts_and_gdn_on_the_plugin():
+    """In every frame: of the chart's values :func:`test_values_start_what_the_manifests_start` says that they are the manifest's."""
+    manifest = of_kind(DEPLOY / "kubernetes/sglang.yaml", "ConfigMap")["data"]["sglang.yaml"]
+    for text in (manifest, (DEPLOY / "sglang-hopper.yaml").read_text()):
+        settings = yaml.safe_load(text)
+        assert (settings["moe-backend"], settings["linear-attn-decode-backend"]) == ("cutedsl", "cutedsl_plugin")
+
+
 def test_sglang_is_given_its_model_and_time_to_answer():
     """Its /health takes a second at least, which is Kubernetes' own limit."""
     container = of_kind(DEPLOY / "kubernetes/sglang.yaml", "Deployment")["spec"]["template"]["spec"]["containers"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,35 @@ def test_an_error_of_the_library_is_a_reason():
     library = Emulation().library()._replace(second=refuse)
     found = list(kernel_check.blackwell_rows(SMALL, CPU, (blackwell.Tactic(),), ("static",), (1,), library))
     assert [row.reason for row in found] == ["fails: NotImplementedError: not on this device"]
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError], ids=["torch's error", "a library's error"])
+def test_an_error_of_the_device_is_the_last_row(monkeypatch, error):
+    """A library may raise an error of its own, but torch can no longer wait for the device then."""
+    calls = []
+
+    def fail(**_):
+        calls.append(1)
+        raise error("illegal memory access\nmore")
+
+    def synchronize(device):
+        raise torch.AcceleratorError("CUDA error")
+
+    device = SimpleNamespace(type="cuda")
+    library = Emulation().library()._replace(second=fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    make = kernel_check.layer
+    monkeypatch.setattr(kernel_check, "layer", lambda problem, count, device, dtype: make(problem, count, CPU, dtype))
+    monkeypatch.setattr(blackwell, "prepare", lambda *_: 0)
+    (row,) = kernel_check.blackwell_rows(SMALL, device, flashinfer=library)
+    assert len(calls) == 1 and row.device_lost and row.reason == f"fails: {error.__name__}: illegal memory access"
+
+
+def test_the_checks_of_all_layers_end_with_the_device(monkeypatch):
+    lost = kernel_check.Row("flashinfer", "a layer", "a tactic", 1, "fails", 0.0, 0.0, device_lost=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr(kernel_check, "blackwell_rows", lambda *_: iter([lost._replace(device_lost=False), lost]))
+    assert len(list(kernel_check.rows(torch.device("cuda")))) == 2
 
 
 def test_sums_with_an_order_must_repeat():
@@ -97,14 +127,13 @@ def test_the_cpus_operator_passes():
 @pytest.fixture
 def hopper(monkeypatch):
     """``moe.cuda`` over the reference, and the tactics it was called with; nothing is compiled."""
-    from types import SimpleNamespace
-
     from moe_backend_plugin.moe import cuda, reference
     from moe_backend_plugin.nvfp4 import hopper
 
     called = []
 
     def fused_moe(x, weights, topk_weights, topk_ids, problem, out, expert_map=None, choice=None):
+        assert (expert_map is None) == (problem.num_local_experts == problem.num_experts)
         called.append(choice)
         w13 = hopper.unpack(weights.w13, problem.w13_rows, problem.hidden, problem.activation.gated)
         w2 = hopper.unpack(weights.w2, problem.hidden, problem.intermediate, False)
@@ -144,3 +173,50 @@ def test_a_hopper_tactic_that_is_wrong_or_fails_is_named(hopper, monkeypatch):
     found = list(kernel_check.hopper_rows(CPU, (1, 5)))
     assert {row.reason for row in found if row.tokens == 5} == {"fails: RuntimeError: too many resources"}
     assert all(row.reason for row in found if row.tokens == 1)
+
+
+CASES = {"512x256 silu", "512x256 relu2", "512x256 silu, float16 tokens", "512x256 silu, 4 of 8 experts"}
+
+
+def test_hoppers_rows_have_every_type_of_tokens_and_a_map(hopper, monkeypatch):
+    """Kernels for float16 and for maps are prepared, and their rows see a mistake of theirs alone."""
+    from moe_backend_plugin.moe import cuda, tactics
+
+    prepared = []
+    monkeypatch.setattr(cuda, "prepare_tactics", lambda *arguments: prepared.append((arguments[1], arguments[5].mapped)))
+    monkeypatch.setattr(tactics, "TILE_TOKENS", ())
+    right, mistakes = cuda.fused_moe, {}
+
+    def wrong(x, weights, topk_weights, topk_ids, problem, out, expert_map, choice):
+        if "map" in mistakes and expert_map is not None:
+            expert_map = torch.where(expert_map < 0, expert_map, 3 - expert_map)
+        right(x, weights, topk_weights, topk_ids, problem, out, expert_map, choice)
+        if "float16" in mistakes and x.dtype is torch.float16:
+            out.view(torch.int16).bitwise_and_(-64)
+
+    monkeypatch.setattr(cuda, "fused_moe", wrong)
+    for mistake, bad in (("", set()), ("map", {"512x256 silu, 4 of 8 experts"}), ("float16", {"512x256 silu, float16 tokens"})):
+        mistakes = {mistake}
+        found = list(kernel_check.hopper_rows(CPU, (5,)))
+        assert {row.case for row in found} == CASES and {row.case for row in found if row.reason} == bad
+    assert prepared[:4] == [(torch.bfloat16, False)] * 2 + [(torch.float16, False), (torch.bfloat16, True)]
+
+
+def test_a_layer_with_a_map_has_tokens_for_its_experts_and_for_others():
+    problem = MoEProblem(8, 4, 256, 64, 2)
+    for tokens in kernel_check.TOKENS:
+        made = kernel_check.layer(problem, tokens, CPU)
+        local = made.expert_map[made.topk_ids[(made.topk_ids >= 0) & (made.topk_ids < 8)].long()]
+        assert made.expert_map.dtype is torch.int32 and (local < 0).any() and (local >= 0).any() and made.right().any()
+    assert sorted(made.expert_map.tolist()) == [-1, -1, -1, -1, 0, 1, 2, 3]
+
+
+def test_hoppers_rows_end_with_the_device(hopper, monkeypatch):
+    from moe_backend_plugin.moe import cuda
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(cuda, "fused_moe", fail)
+    (row,) = kernel_check.hopper_rows(CPU)
+    assert row.device_lost

@@ -83,6 +83,10 @@ class Nvfp4MoEMethod(FusedMoEMethodBase):
             self._register(layer, gemm, self.names.scale, scale, layer.weight_loader, quant_method="block")
             for name in (self.names.global_scale, self.names.input_scale):
                 self._register(layer, gemm, name, nan_filled(parts, torch.float32), self._scalar_loader(layer))
+        self._prepare(layer)
+
+    def _prepare(self, layer: RoutedExperts) -> None:
+        """What the layer's kernels need before any weight is read: the CPU's nothing."""
 
     def _allocate(self, gemm: str, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the checkpoint's tensors of one projection: codes uint8 [E, N, K/2], scales float8_e4m3fn [E, N, K/16], all NaN."""

@@ -61,16 +61,7 @@ class BlackwellMoEMethod(Nvfp4MoEMethod):
     def scales(self) -> ActivationScales:
         return "static" if self.use_nvfp4 else "token"
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        super().create_weights(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs)
+    def _prepare(self, layer: RoutedExperts) -> None:
         moe = self.moe
         self.problem = problem_of(moe, use_nvfp4=True, on_input=layer.apply_router_weight_on_input)
         ids = self._global_ids(layer)

@@ -168,19 +168,10 @@ class HopperMoEMethod(Nvfp4MoEMethod):
 
     problem: MoEProblem
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        super().create_weights(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs)
+    def _prepare(self, layer: RoutedExperts) -> None:
         moe = self.moe
         self.problem = problem_of(moe, use_nvfp4=self.use_nvfp4, on_input=layer.apply_router_weight_on_input)
-        # Before any weight is read: a compiler that does not work should stop the server at once.
+        # A compiler that does not work should stop the server at once.
         prepare(self.problem, moe.in_dtype, current_device(), most_tokens(moe), layer.expert_map is not None)
         _progress.expect_layer()
 
