@@ -40,6 +40,8 @@ SHARED_BYTES = 227 * 1024
 """The most that a thread block may have."""
 REGISTERS, PRODUCER_REGISTERS, MOST_REGISTERS = 65536, 48, 248
 """Of a multiprocessor, what a loading thread keeps where it hands over the others, and the most that a thread can have."""
+FRAGMENTS = 64
+"""Registers of a consumer thread beside its sums: two units of dequantised weights, and addresses."""
 SORTED_PAIRS = (32, 128)
 """``pairs`` of kernels that sort: threads of a "ballot", see moe_route."""
 TYPES = {"bfloat16": BFloat16, "float16": Float16}
@@ -128,8 +130,9 @@ class Variant:
 
     @property
     def regroup(self) -> bool:
-        """Whether consumers need more registers than an even share."""
-        return self.tile_tokens * self.row_blocks > 128
+        """Whether consumers need more registers than an even share, which ptxas counts for whole warpgroups."""
+        threads = (self.row_groups * self.k_groups + 2) * WARPGROUP
+        return self.tile_tokens * self.row_blocks // 2 + FRAGMENTS > REGISTERS // threads // 8 * 8
 
     @property
     def consumer_registers(self) -> int:

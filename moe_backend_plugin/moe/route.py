@@ -30,7 +30,7 @@ SHARE = 1024
 """Pairs that a block of the many-block kernels takes at a time: one a thread."""
 MAX_BLOCKS = 128
 """Blocks of the many-block kernels; each adds up what all of them counted, so more would cost more than they bring."""
-FEW_WARPS = 528
+FEW_WARPS = 2112
 """Warps of a combine call below which it is a matter of latency: small blocks (as many multiprocessors as possible), all loads at once."""
 
 

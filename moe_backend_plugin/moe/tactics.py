@@ -86,11 +86,11 @@ def shape_reason(shape: Shape) -> str | None:
     if s.blocks > 2:
         return f"{s.blocks} thread blocks a multiprocessor (allowed: 1, 2)"
     groups = s.row_groups * s.k_groups
-    regroup = tile * s.row_blocks > 128
+    needed = tile * s.row_blocks // 2 + FRAGMENTS
+    regroup = needed > REGISTERS // ((groups + 2) * WARPGROUP) // 8 * 8
     threads = groups * WARPGROUP + WARPGROUP + (WARPGROUP if regroup else 32)
     if threads > THREADS:
         return f"{threads} threads (allowed: up to {THREADS})"
-    needed = tile * s.row_blocks // 2 + FRAGMENTS
     if regroup:
         if s.blocks > 1:
             return f"{groups} warpgroups that take registers from the rest, {s.blocks} blocks (allowed: 1)"

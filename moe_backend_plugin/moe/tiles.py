@@ -58,16 +58,16 @@ FEW = Shape(8, row_groups=1, k_groups=2, k_blocks=2, blocks=2, warp_mma=True)
 """Fewer tiles than thread blocks: small ones, two warpgroups to the columns of each."""
 SOME = Shape(8, row_groups=2, k_blocks=4, blocks=2, warp_mma=True)
 TILES = {
-    16: Shape(16, row_groups=4, row_blocks=2),
-    32: Shape(32, row_groups=4, k_blocks=4),
-    48: Shape(48, row_groups=2, row_blocks=2),
+    16: Shape(16, row_groups=4, row_blocks=2, k_blocks=4),
+    32: Shape(32, row_groups=4, row_blocks=2, k_blocks=4),
+    48: Shape(48, row_groups=2, row_blocks=2, k_blocks=4),
     64: Shape(64, row_groups=2, row_blocks=2),
     80: Shape(80, row_groups=2, row_blocks=2),
     96: Shape(96, row_groups=2, row_blocks=2),
     128: Shape(128, row_groups=2, row_blocks=2),
     144: Shape(144, row_groups=2, row_blocks=2, k_blocks=1),
 }
-COSTS = {8: 92, 16: 100, 32: 119, 48: 143, 64: 160, 80: 185, 96: 199, 128: 230, 144: 258}
+COSTS = {8: 92, 16: 99, 32: 110, 48: 140, 64: 160, 80: 185, 96: 199, 128: 230, 144: 258}
 """Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200)."""
 HALVES, HALF_COST = (80, 96, 128), 0.55
 """Tiles that have a path of half as many tokens, and what a tile that takes it costs."""

@@ -48,8 +48,8 @@ multiprocessors = st.sampled_from([78, 114, 132])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.tile_tokens} tokens, {s.rows} rows")
-def test_a_ring_has_room_for_three_stages(shape):
-    assert 3 <= shape.stages <= 12
+def test_a_ring_has_room_for_eight_blocks_of_columns(shape):
+    assert 2 <= shape.stages <= 12 and shape.stages * shape.stage_blocks >= 8
 
 
 @settings(max_examples=500, deadline=None)
