@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from mixed_load import stop
+from mixed_load import free_port, stop
 
-PORT = 8124
+PORT = free_port()
 START_SECONDS = 420
 MODELS = ("pycoder-moe-nvfp4", "pycoder-next-nvfp4")
 SAID = {"pycoder-moe-nvfp4": ("NVFP4 moe layers are served by",)}
