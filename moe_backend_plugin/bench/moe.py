@@ -415,7 +415,7 @@ def run(options: Options, device: torch.device, say: Callable[[str], None] = pri
             session.drop([cell for cell in rest if cell.model == name and cell not in here], "no time")
             # Those of later models are judged again when their turn comes, by what this one took.
             rest = [cell for cell in rest if cell.model != name]
-            for _ in session.model(name, here, session.pace() * total(later, options)) if here else ():
+            for _ in session.model(name, here, later) if here else ():
                 yield result  # what a kernel that hangs leaves behind
             result["seconds"] = round(time.monotonic() - begin, 1)
             yield result
@@ -454,23 +454,24 @@ class Session:
         if cells:
             self.say(f"dropped ({why}): {', '.join(map(str, cells))}")
 
-    def model(self, name: str, cells: list[Cell], reserved: float) -> Iterator[None]:
-        """All cells of one model, the most important first, as long as ``reserved`` seconds stay for those after it; yields after each."""
+    def model(self, name: str, cells: list[Cell], later: list[Cell]) -> Iterator[None]:
+        """All cells of one model, the most important first, as long as there is time for those of ``later`` that are as important; yields
+        after each."""
         began = time.monotonic()
         with torch.cuda.stream(self._stream):
-            done = yield from self._model(name, cells, reserved)
+            done = yield from self._model(name, cells, later)
         release()
         self._spent += time.monotonic() - began
         self._estimated += total(done, self.options)
 
-    def _model(self, name: str, cells: list[Cell], reserved: float) -> Generator[None, None, list[Cell]]:
+    def _model(self, name: str, cells: list[Cell], later: list[Cell]) -> Generator[None, None, list[Cell]]:
         """Returns the cells that were timed."""
         model = MODELS[name]
         checkpoint = random_checkpoint(model.problem, self.device)
         layers = self._layers(model, name, checkpoint, max(cell.tokens for cell in cells))
         done = []
         for cell in sorted(cells, key=importance, reverse=True):
-            if self.left() < reserved:
+            if self.left() < self.pace() * total([c for c in later if importance(c) >= importance(cell)], self.options):
                 self.drop([c for c in cells if c not in done], "no time")
                 break
             self._cell(cell, model, checkpoint, layers)

@@ -448,6 +448,26 @@ def test_a_model_leaves_time_to_those_after_it(no_gpu_needed, monkeypatch):
     assert len(timed) + len(result["dropped"]) == 8
 
 
+def test_important_cells_are_not_dropped_for_others(no_gpu_needed, monkeypatch):
+    """The first model takes longer than estimated; what waits is worth less."""
+    now = [0.0]
+    monkeypatch.setattr(moe.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(moe, "plugin_layers", reference_layers)
+    monkeypatch.setattr(moe, "total", lambda cells, options: float(len(list(cells))))
+    monkeypatch.setattr(moe, "importance", lambda cell: 2 if cell.model == "silu" else 1)
+
+    class Slow(Clock):
+        def time(self, *arguments) -> float:
+            now[0] += 2.0
+            return super().time(*arguments)
+
+    monkeypatch.setattr("moe_backend_plugin.bench.timing.Clock", Slow)
+    options = Options(models=("silu", "ep"), tokens=(1, 2, 3, 4), routings=("balanced",), providers=("plugin",), seconds=11.0)
+    *_, result = moe.run(options, CPU, say=lambda line: None)
+    assert [(row["model"], row["tokens"]) for row in result["rows"]][:4] == [("silu", tokens) for tokens in (1, 2, 3, 4)]
+    assert {entry["model"] for entry in result["dropped"]} == {"shared"}
+
+
 # --- the command ---------------------------------------------------------------------------------------------------------------------
 
 
