@@ -40,11 +40,13 @@ def slug(device: str) -> str:
 
 
 def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
-    """Commit (None outside a git checkout), date, device, driver and package versions."""
-    status = _git("status", "--porcelain", "--", "moe_backend_plugin")
+    """Commit, and whether the tree is that commit's (both None where nobody knows), date, device, driver and package versions."""
+    # A copy of the tree may lie without its repository, or in an older one: whoever made it may say which commit it is. What git would
+    # say there is about another commit.
+    named = os.environ.get("MOE_BACKEND_BENCH_COMMIT")
+    status = None if named else _git("status", "--porcelain", "--", "moe_backend_plugin")
     return {
-        # A copy of the tree may lie without its repository, or in an older one: whoever made it may say which commit it is.
-        "commit": os.environ.get("MOE_BACKEND_BENCH_COMMIT") or _git("rev-parse", "HEAD"),
+        "commit": named or _git("rev-parse", "HEAD"),
         "tree_is_clean": None if status is None else not status,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
