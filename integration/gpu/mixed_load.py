@@ -214,26 +214,27 @@ def record(
     try:
         load = asyncio.run(run(model, arguments.minutes, arguments.clients, connect))
         alive = server.poll() is None
+        served = [line for line in arguments.log.read_text(errors="replace").splitlines() if " served by: " in line]
+        row = {
+            "model": model.name,
+            **cell,
+            "minutes": arguments.minutes,
+            "clients": arguments.clients,
+            "answers": load.done,
+            "equal": load.equal,
+            "parted_at_a_tie": len(load.ties),
+            "changed": len(load.wrong),
+            "aborted": load.aborted,
+            "errors": len(load.errors),
+            **({"cached_tokens": load.cached} if cached else {}),
+            "output_tok_s": round(load.tokens / (60 * arguments.minutes)),
+            "served_by": sorted({line.split("] ")[-1] for line in served}),
+        }
+        print(json.dumps(row), *load.errors[:3], flush=True)
+        for (prompt, position, gap), count in Counter((i, at, round(gap, 3)) for i, at, gap in load.wrong).most_common():
+            print(f"prompt {prompt} of {len(load.prompts[prompt])} tokens changes at token {position}: preferred by {gap}, {count} times")
+        # Before the server is asked to end, which may take a minute.
+        arguments.out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
     finally:
         stop(server)
-    served = [line for line in arguments.log.read_text(errors="replace").splitlines() if " served by: " in line]
-    row = {
-        "model": model.name,
-        **cell,
-        "minutes": arguments.minutes,
-        "clients": arguments.clients,
-        "answers": load.done,
-        "equal": load.equal,
-        "parted_at_a_tie": len(load.ties),
-        "changed": len(load.wrong),
-        "aborted": load.aborted,
-        "errors": len(load.errors),
-        **({"cached_tokens": load.cached} if cached else {}),
-        "output_tok_s": round(load.tokens / (60 * arguments.minutes)),
-        "served_by": sorted({line.split("] ")[-1] for line in served}),
-    }
-    print(json.dumps(row), *load.errors[:3])
-    for (prompt, position, gap), count in Counter((i, at, round(gap, 3)) for i, at, gap in load.wrong).most_common():
-        print(f"prompt {prompt} of {len(load.prompts[prompt])} tokens changes at token {position}: preferred by {gap}, {count} times")
-    arguments.out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
     raise SystemExit(not alive or bool(load.errors or load.wrong) or (cached and not load.cached))
