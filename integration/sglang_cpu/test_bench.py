@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from moe_backend_plugin.bench import serve, serve_sglang
 
+SMALL = {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "vocab_size": 128}
+SMALL_NEXT = {"shared_expert_intermediate_size": 64, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+PROVIDERS = [(model, provider) for model, providers in serve_sglang.PROVIDERS.items() for provider in providers]
 
-@pytest.mark.parametrize("provider", serve_sglang.PROVIDERS)
-def test_engine_arguments_are_sglangs(sglang, tmp_path, provider):
+
+def tiny(model: str) -> dict:
+    """A config.json of the model's architecture and recipe, with one layer of each kind at least."""
+    shape = serve.MODELS[model]
+    return replace(shape, config={**shape.config, **SMALL, **(SMALL_NEXT if model == "qwen3-next" else {})}).of_layers(shape.period)
+
+
+@pytest.mark.parametrize(("model", "provider"), PROVIDERS)
+def test_engine_arguments_are_sglangs(sglang, tmp_path, model, provider):
     """Every argument of a provider, and those of the command line, is one of the Engine, and is taken as it was meant."""
     from sglang.srt.entrypoints.engine import Engine
 
-    given = serve_sglang.engine_arguments(provider, [8, 1]) | {"attention_backend": "triton", "sampling_backend": "pytorch"}
+    given = serve_sglang.engine_arguments(model, provider, [8, 1]) | {"attention_backend": "triton", "sampling_backend": "pytorch"}
     arguments = Engine.server_args_class(model_path=str(tmp_path), **given)
     assert {name: getattr(arguments, name) for name in given} == given
     assert (arguments.max_running_requests, arguments.cuda_graph_bs_decode) == (32, [1, 8])
-    runner = {"plugin": "cutedsl", "marlin": "marlin", "humming": "auto"}[provider]
+    runner = {"plugin": "cutedsl", "marlin": "marlin", "marlin_cutedsl_gdn": "marlin", "humming": "auto"}[provider]
     assert arguments.moe_runner_backend == runner
+    decode = {"plugin": "cutedsl_plugin", "marlin": "triton", "marlin_cutedsl_gdn": "cutedsl"}
+    assert arguments.linear_attn_decode_backend == (decode[provider] if model == "qwen3-next" else None)
+
+
+@pytest.mark.parametrize("provider", serve_sglang.PROVIDERS["qwen3-next"])
+def test_sglang_has_the_gdn_kernels(sglang, provider):
+    """Each is a choice of the command line as well, and what is not this package's is one of SGLang's own backends."""
+    from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
+
+    decode = serve_sglang.PROVIDERS["qwen3-next"][provider]["linear_attn_decode_backend"]
+    made = sglang.prepare_server_args(["--model-path", "m", "--linear-attn-decode-backend", decode])
+    assert made.linear_attn_decode_backend == decode
+    own = LinearAttnKernelBackend(decode)
+    assert own.is_custom() if provider == "plugin" else own.value == decode
 
 
 def test_the_engine_is_called_as_it_wants_to_be(sglang):
@@ -31,28 +58,65 @@ def test_the_engine_is_called_as_it_wants_to_be(sglang):
     assert {"__enter__", "__exit__"} <= set(vars(Engine))
 
 
-def test_sglang_would_load_the_random_weights(sglang, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", serve.MODELS)
+def test_sglang_would_load_the_random_weights(sglang, tmp_path, monkeypatch, model):
     """Its loader of ModelOpt checkpoints asks the method that is replaced, and reads no file besides."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.model_loader import loader
 
     monkeypatch.setattr(loader.DefaultModelLoader, "_get_all_weights", loader.DefaultModelLoader._get_all_weights)
     serve_sglang.register()
-    config = {**serve.CONFIG, "num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "vocab_size": 128, "moe_intermediate_size": 32}
-    serve.write_config(config, tmp_path)
+    serve.write_config(tiny(model), tmp_path)
     made = loader.ModelOptModelLoader(LoadConfig())
     names = {name for name, _ in made._get_all_weights(type("Config", (), {"model_path": str(tmp_path)}), torch.nn.Linear(1, 1))}
     assert "model.layers.0.mlp.experts.1.down_proj.weight_scale_2" in names
+    assert ("model.layers.0.linear_attn.A_log" in names) == (model == "qwen3-next")
     assert "self._get_all_weights(model_config, model)" in inspect.getsource(loader.DefaultModelLoader.load_model)
     assert "super().load_model(" in inspect.getsource(loader.ModelOptModelLoader.load_model)
 
 
-def test_the_model_is_nvfp4_to_sglang(arguments, tmp_path):
-    serve.write_config({**serve.CONFIG, "num_hidden_layers": 1}, tmp_path)
+@pytest.mark.parametrize("fused", [False, True], ids=["shared expert", "fused shared expert"])
+def test_sglangs_qwen3_next_takes_the_random_weights(arguments, published, tmp_path, monkeypatch, fused):
+    """Every parameter of its model is loaded, by name and shape; on a GPU the shared expert is one more of the routed ones."""
+    # Where there is no GPU, its rotary embedding imports this name from vLLM, and never calls it here.
+    operators = ModuleType("vllm._custom_ops")
+    operators.rotary_embedding = None
+    monkeypatch.setitem(sys.modules, operators.__name__, operators)
+    from sglang.srt import runtime_context
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.model_loader.loader import _get_quantization_config
+    from sglang.srt.models import qwen2_moe
+    from sglang.srt.models.qwen3_next import Qwen3NextForCausalLM
+
+    monkeypatch.setattr(qwen2_moe, "_is_cuda", fused)
+    config = tiny("qwen3-next")
+    serve.write_config(config, tmp_path)
+    provider = serve_sglang.PROVIDERS["qwen3-next"]["plugin"]
+    found = model_config_of(arguments(tmp_path, **provider, skip_tokenizer_init=True, disable_radix_cache=True))
+    initialize_moe_config()
+    only = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
+    default = torch.get_default_dtype()
+    with runtime_context.get_parallel().override(attn_tp_rank=0, attn_tp_size=1, pp_group=only):
+        try:
+            torch.set_default_dtype(torch.bfloat16)  # as its loader does
+            model = Qwen3NextForCausalLM(found.hf_config, _get_quantization_config(found, LoadConfig()))
+            loaded = model.load_weights(serve.tensors(config, torch.device("cpu")))
+        finally:
+            torch.set_default_dtype(default)
+    of_the_cache = {f"model.layers.3.attn.{name}_scale" for name in "kv"}
+    assert {name for name, _ in model.named_parameters()} - loaded == of_the_cache
+    assert model.model.layers[0].mlp.experts.w13_weight.shape == (5 if fused else 4, 128, 64)
+
+
+@pytest.mark.parametrize("model", serve.MODELS)
+def test_the_model_is_nvfp4_to_sglang(arguments, tmp_path, model):
+    serve.write_config(serve.MODELS[model].of_layers(4), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["quant_algo"] == "NVFP4"
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
-    made = arguments(tmp_path, **serve_sglang.PROVIDERS["plugin"], skip_tokenizer_init=True)
+    made = arguments(tmp_path, **serve_sglang.PROVIDERS[model]["plugin"], skip_tokenizer_init=True, disable_radix_cache=True)
     assert model_config_of(made).quantization == "modelopt_fp4"
 
 

@@ -16,18 +16,30 @@ from torch.nn import Module
 
 from . import serve as bench
 
-PROVIDERS: dict[str, dict[str, Any]] = {
-    "plugin": {"moe_runner_backend": "cutedsl"},
-    "marlin": {"moe_runner_backend": "marlin"},
-    # Takes dense layers too, where the other two leave them to SGLang's Marlin.
-    "humming": {"quantization": "humming"},
+PROVIDERS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": {
+        "plugin": {"moe_runner_backend": "cutedsl"},
+        "marlin": {"moe_runner_backend": "marlin"},
+        # Takes dense layers too, where the other two leave them to SGLang's Marlin.
+        "humming": {"quantization": "humming"},
+    },
+    "qwen3-next": {
+        "plugin": {"moe_runner_backend": "cutedsl", "linear_attn_decode_backend": "cutedsl_plugin"},
+        "marlin": {"moe_runner_backend": "marlin", "linear_attn_decode_backend": "triton"},
+        # SGLang's own CuTe DSL kernel.
+        "marlin_cutedsl_gdn": {"moe_runner_backend": "marlin", "linear_attn_decode_backend": "cutedsl"},
+    },
 }
-"""Arguments of SGLang's Engine for each provider that may serve NVFP4 experts on Hopper."""
-# SGLang says who serves only in the arguments that it prints.
-SAID = (r"NVFP4 moe layers are served by: (.*)", r"'moe_runner_backend': '(\w+)'")
+"""Arguments of SGLang's Engine for each provider that may serve NVFP4 experts on Hopper, by model."""
+# SGLang says who serves experts only in the arguments that it prints.
+SAID = {
+    "experts": (r"NVFP4 moe layers are served by: (.*)", r"'moe_runner_backend': '(\w+)'"),
+    # Of this package's kernel, SGLang knows that it is none of its own.
+    "GDN decode": (r"Gated-delta-net decode is served by: (\S+)", r"Linear attention kernel backend: decode=(\w+)"),
+}
 
 
-def engine_arguments(provider: str, batches: Sequence[int]) -> dict[str, Any]:
+def engine_arguments(model: str, provider: str, batches: Sequence[int]) -> dict[str, Any]:
     """Of the Engine on a GPU: decode through CUDA graphs of the batches that are timed, nothing remembered of earlier prompts."""
     return {
         "skip_tokenizer_init": True,
@@ -39,7 +51,9 @@ def engine_arguments(provider: str, batches: Sequence[int]) -> dict[str, Any]:
         "mem_fraction_static": 0.8,
         "disable_radix_cache": True,
         "cuda_graph_bs_decode": sorted({*batches}),
-        **PROVIDERS[provider],
+        # By default dozens, whose capture takes minutes.
+        "cuda_graph_bs_prefill": sorted({*(bench.PROMPT * batch for batch in batches), bench.BATCHED_TOKENS}),
+        **PROVIDERS[model][provider],
     }
 
 

@@ -16,17 +16,34 @@ import torch
 from . import serve as bench
 
 LOAD_FORMAT = "nvfp4_random"
-PROVIDERS: dict[str, dict[str, Any]] = {
-    # By name: the kernels must not give way to vLLM's.
-    "plugin": {"quantization": "nvfp4_cutedsl", "additional_config": {"moe_backend_plugin": {"moe": {"provider": "cutedsl"}}}},
-    "marlin": {"quantization": "modelopt_fp4", "moe_backend": "marlin"},
-    "humming": {"quantization": "modelopt_fp4", "moe_backend": "humming"},
+
+
+def _settings(**providers: str) -> dict[str, Any]:
+    """Arguments that name who serves what, by kind of layer; what is named does not give way to vLLM's."""
+    return {"additional_config": {"moe_backend_plugin": {kind: {"provider": provider} for kind, provider in providers.items()}}}
+
+
+PROVIDERS: dict[str, dict[str, dict[str, Any]]] = {
+    "qwen3-30b-a3b": {
+        "plugin": {"quantization": "nvfp4_cutedsl", **_settings(moe="cutedsl")},
+        "marlin": {"quantization": "modelopt_fp4", "moe_backend": "marlin"},
+        "humming": {"quantization": "modelopt_fp4", "moe_backend": "humming"},
+    },
+    # This package's gated-delta-net layer comes with every quantisation: it must be told to leave vLLM's kernels alone.
+    "qwen3-next": {
+        "plugin": {"quantization": "nvfp4_cutedsl", **_settings(moe="cutedsl", gdn="cutedsl")},
+        "marlin": {"quantization": "modelopt_fp4", "moe_backend": "marlin", **_settings(gdn="engine")},
+        "humming": {"quantization": "modelopt_fp4", "moe_backend": "humming", **_settings(gdn="engine")},
+    },
 }
-"""Arguments of vLLM's LLM class for each provider."""
-SAID = (r"NVFP4 moe layers are served by: (.*)", r"Using (.* NvFp4 MoE backend) out of")
+"""Arguments of vLLM's LLM class for each provider, by model."""
+SAID = {
+    "experts": (r"NVFP4 moe layers are served by: (.*)", r"Using (.* NvFp4 MoE backend) out of"),
+    "GDN decode": (r"Gated-delta-net layers are served by: (.*)",),
+}
 
 
-def engine_arguments(provider: str, batches: Sequence[int]) -> dict[str, Any]:
+def engine_arguments(model: str, provider: str, batches: Sequence[int]) -> dict[str, Any]:
     """Of the LLM class on a GPU: decode through CUDA graphs of the batches that are timed, no torch.compile."""
     return {
         "max_model_len": bench.PREFILL + bench.NEW,
@@ -34,7 +51,7 @@ def engine_arguments(provider: str, batches: Sequence[int]) -> dict[str, Any]:
         "max_num_batched_tokens": bench.BATCHED_TOKENS,
         "gpu_memory_utilization": 0.85,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({*batches})},
-        **PROVIDERS[provider],
+        **PROVIDERS[model][provider],
     }
 
 

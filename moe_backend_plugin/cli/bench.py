@@ -105,22 +105,40 @@ def moe(
 @command
 def serve(
     engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
-    providers: Annotated[str | None, typer.Option(help="plugin, marlin, humming. Default: all.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Shape: qwen3-30b-a3b, or qwen3-next, where gated-delta-net decode is served too.")
+    ] = "qwen3-30b-a3b",
+    providers: Annotated[
+        str | None,
+        typer.Option(help="plugin, marlin, humming; of qwen3-next in SGLang plugin, marlin, marlin_cutedsl_gdn. Default: all."),
+    ] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences at a time, e.g. 1,32. Default: 1,8,32,128,256.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, max=48, help="Layers of the model, for a quick look. Default: 48.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=48, help="Layers, for a quick look; of qwen3-next a multiple of 4. Default: 48.")
+    ] = None,
     attention_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. triton.")] = None,
     sampling_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. pytorch.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file. Default: serve_<engine>_<device>.json in integration/bench/results or here.")
+        Path | None,
+        typer.Option(
+            help="JSON file. Default: serve_<engine>_<device>.json, of qwen3-next serve_<engine>_qwen3-next_<device>.json, "
+            "in integration/bench/results or here."
+        ),
     ] = None,
 ) -> None:
-    """Tokens a second of a Qwen3-30B-A3B-shaped NVFP4 model with random weights, with this package's experts and with the engine's."""
+    """Tokens a second of an NVFP4 model with random weights in the shape of Qwen3-30B-A3B or Qwen3-Next, with this package's kernels and
+    with the engine's."""
     from moe_backend_plugin.bench import serve as bench
     from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
     from moe_backend_plugin.device import find_device
 
     if engine not in bench.ENGINES:
         raise InputError("--engine", repr(engine), ", ".join(bench.ENGINES))
+    if model not in bench.MODELS:
+        raise InputError("--model", repr(model), ", ".join(bench.MODELS))
+    shape = bench.MODELS[model]
+    if layers and layers % shape.period:
+        raise InputError("--layers", str(layers), f"a multiple of {shape.period} with --model {model}")
     backends = {"attention_backend": attention_backend, "sampling_backend": sampling_backend}
     settings = {name: value for name, value in backends.items() if value is not None}
     if settings and engine != "sglang":
@@ -128,7 +146,8 @@ def serve(
         raise InputError(option, f"--engine {engine}", "--engine sglang")
     options = bench.Options(
         engine=engine,
-        providers=_names("--providers", providers, list(bench.child_of(engine).PROVIDERS)),
+        model=model,
+        providers=_names("--providers", providers, list(bench.child_of(engine).PROVIDERS[model])),
         batches=_numbers("--batch", batch, range(1, 1025)),
         layers=layers or bench.LAYERS,
         settings=settings,
@@ -139,14 +158,16 @@ def serve(
         raise InputError("bench serve", "no CUDA device", "a machine with an NVIDIA GPU")
     if importlib.util.find_spec(engine) is None:
         raise InputError("bench serve", f"no package {engine}", f'pip install "moe-backend-plugin[{engine}]"')
-    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
-    stamp = gpu_stamp(device.name, f"moe-backend bench serve --engine {engine}{further}", bench.KERNELS)
-    out = out or results_folder() / f"serve_{engine}_{slug(device.name)}.json"
+    # Of the default model, command and file are named as they were before there was another.
+    named = {} if model == bench.MODEL else {"model": model}
+    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in (named | settings).items())
+    stamp = gpu_stamp(device.name, f"moe-backend bench serve --engine {engine}{further}", shape.kernels)
+    out = out or results_folder() / f"{'_'.join(['serve', engine, *named.values(), slug(device.name)])}.json"
     result = _run(bench.run(options, say=_say), stamp, out)
     if result["rows"]:
         columns = ("provider", "batch", "output tokens/s", "first token, ms", "prompt tokens/s")
         keys = ("provider", "batch", "output_tok_s", "first_token_ms", "prefill_tok_s")
-        title = f"Qwen3-30B-A3B shape in {'vLLM' if engine == 'vllm' else 'SGLang'}"
+        title = f"{shape.title} shape in {'vLLM' if engine == 'vllm' else 'SGLang'}"
         print_table(title, columns, [[row.get(key) for key in keys] for row in result["rows"]])
     print(f"{out}: {len(result['rows'])} rows")
     if result["errors"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -14,11 +15,15 @@ from typer.testing import CliRunner
 from moe_backend_plugin.bench import moe, serve, serve_sglang, serve_vllm
 from moe_backend_plugin.bench.moe import Model
 from moe_backend_plugin.cli.main import app
+from moe_backend_plugin.config import load_config
 from moe_backend_plugin.moe.problem import Activation
 from moe_backend_plugin.nvfp4.unscaled import unscaled
 
 CPU = torch.device("cpu")
-PYCODER = Path(__file__).parents[2] / "integration/models/pycoder-moe-nvfp4"
+MODELS = Path(__file__).parents[2] / "integration/models"
+PYCODER = {"qwen3-30b-a3b": MODELS / "pycoder-moe-nvfp4", "qwen3-next": MODELS / "pycoder-next-nvfp4"}
+"""The shipped model of the same architecture."""
+TINY = {"num_experts": 2, "hidden_size": 64, "vocab_size": 128, "moe_intermediate_size": 32}
 
 # --- vLLM's layers -------------------------------------------------------------------------------------------------------------------
 
@@ -93,30 +98,76 @@ def test_layers(engine, as_on_a_gpu, provider, model):
 # --- the served model ----------------------------------------------------------------------------------------------------------------
 
 
-def test_tensors_are_those_of_a_modelopt_checkpoint():
+def tiny(model: str) -> dict:
+    """A config.json of the model's architecture and recipe, with one layer of each kind at least."""
+    shape = serve.MODELS[model]
+    return replace(shape, config={**shape.config, **TINY}).of_layers(shape.period)
+
+
+@pytest.mark.parametrize("model", serve.MODELS)
+def test_tensors_are_those_of_a_modelopt_checkpoint(model):
     """Names, types and shapes as ModelOpt wrote them for the shipped model of the same architecture, and values that are valid."""
     from safetensors import safe_open
 
-    config = json.loads((PYCODER / "config.json").read_text())
-    config["num_experts"] = config.pop("num_local_experts")  # transformers 5 writes another name than the published checkpoints have
+    config = json.loads((PYCODER[model] / "config.json").read_text())
+    if "num_local_experts" in config:  # transformers 5 writes another name than the published checkpoints have
+        config["num_experts"] = config.pop("num_local_experts")
     found = dict(serve.tensors(config, CPU))
-    with safe_open(PYCODER / "model.safetensors", "pt") as file:
+    with safe_open(PYCODER[model] / "model.safetensors", "pt") as file:
         expected = {name: file.get_tensor(name) for name in file.keys()}
     assert {n: (t.shape, t.dtype) for n, t in found.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
     assert all(tensor.float().isfinite().all() for tensor in found.values() if tensor.dtype != torch.uint8)
     assert all(tensor.float().min() > 0 for name, tensor in found.items() if "scale" in name)
     experts = [found[f"model.layers.0.mlp.experts.{i}.up_proj.weight"] for i in range(4)]
     assert not any(torch.equal(a, b) for a, b in zip(experts, experts[1:], strict=False))
-    assert serve.quantization(config) == config["quantization_config"]
+    # A config that says nothing of its quantisation has ModelOpt's default.
+    assert serve.quantization(config) == config.pop("quantization_config")
+    assert {name: tensor.shape for name, tensor in serve.tensors(config, CPU)} == {name: tensor.shape for name, tensor in found.items()}
 
 
-def test_shape_is_that_of_qwen3_30b():
-    model = moe.MODELS[serve.MODEL]
-    config = serve.CONFIG
+@pytest.mark.parametrize("model", serve.MODELS)
+def test_what_the_config_ignores_is_not_quantised(model):
+    """Every module that is ignored exists, in bf16; every other matrix is NVFP4."""
+    config = tiny(model)
+    found = dict(serve.tensors(config, CPU))
+    ignored = config["quantization_config"]["ignore"]
+    assert len(ignored) == len({*ignored})
+    assert all(found[f"{name}.weight"].dtype == torch.bfloat16 and f"{name}.weight_scale" not in found for name in ignored)
+    matrices = {name.removesuffix(".weight") for name, tensor in found.items() if name.endswith(".weight") and tensor.ndim > 1}
+    assert all(found[f"{name}.weight"].dtype == torch.uint8 and f"{name}.weight_scale_2" in found for name in matrices - {*ignored})
+
+
+def test_the_recipe_of_qwen3_next():
+    """As NVIDIA publishes it: the projections into both kinds of attention are bf16 too, those out of them and all experts NVFP4."""
+    shape = serve.MODELS["qwen3-next"]
+    ignored = shape.of_layers(4)["quantization_config"]["ignore"]
+    of_gdn = ["linear_attn.conv1d", "linear_attn.in_proj_ba", "linear_attn.in_proj_qkvz", "mlp.gate", "mlp.shared_expert_gate"]
+    of_attention = ["mlp.gate", "mlp.shared_expert_gate", "self_attn.k_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    layers = [f"model.layers.{layer}.{name}" for layer, names in enumerate([*3 * [of_gdn], of_attention]) for name in names]
+    assert ignored == ["lm_head", "model.embed_tokens", *layers]
+
+
+@pytest.mark.parametrize(("name", "weights"), [("qwen3-30b-a3b", 29e9), ("qwen3-next", 77.3e9)])
+def test_shape_is_that_of_the_model(name, weights):
+    served = serve.MODELS[name]
+    model, config = moe.MODELS[served.name], served.config
     sizes = (config["num_experts"], config["hidden_size"], config["moe_intermediate_size"], config["num_experts_per_tok"])
     assert sizes == (model.experts, model.hidden, model.intermediate, model.top_k)
-    weights = config["num_hidden_layers"] * model.experts * model.expert_weights
-    assert weights == pytest.approx(29e9, rel=0.01)
+    assert config["num_hidden_layers"] * model.experts * model.expert_weights == pytest.approx(weights, rel=0.01)
+
+
+def test_shape_is_that_of_qwen3_next():
+    """transformers' defaults are Qwen3-Next-80B-A3B's, but for names, lengths and what no layer here has."""
+    transformers = pytest.importorskip("transformers")
+    published = transformers.Qwen3NextConfig().to_dict()
+    found = transformers.Qwen3NextConfig(**serve.MODELS["qwen3-next"].config).to_dict()
+    differ = {key for key in published if published[key] != found.get(key)}
+    named = {"architectures", "dtype", "bos_token_id", "eos_token_id"}
+    assert differ <= named | {"intermediate_size", "max_position_embeddings", "rope_parameters"}
+    assert found["layer_types"] == 12 * [*3 * ["linear_attention"], "full_attention"]
+    rope = found["rope_parameters"]
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == (10000000.0, 0.25)
+    assert [serve.is_gdn(found | {"full_attention_interval": 4}, layer) for layer in range(4)] == [True, True, True, False]
 
 
 def test_engine_arguments_exist():
@@ -128,11 +179,35 @@ def test_engine_arguments_exist():
     from vllm.engine.arg_utils import EngineArgs
 
     names = {field.name for field in dataclasses.fields(EngineArgs)} | {"load_format", "skip_tokenizer_init", "enable_prefix_caching"}
-    for provider in serve_vllm.PROVIDERS:
-        arguments = serve_vllm.engine_arguments(provider, [8, 1])
+    for model, provider in ((model, provider) for model, providers in serve_vllm.PROVIDERS.items() for provider in providers):
+        arguments = serve_vllm.engine_arguments(model, provider, [8, 1])
         assert set(arguments) <= names
         assert arguments["max_num_seqs"] == 32 and arguments["compilation_config"]["cudagraph_capture_sizes"] == [1, 8]
-    assert "moe_backend" not in serve_vllm.engine_arguments("plugin", [1])
+        assert ("moe_backend" in arguments) == (provider != "plugin")
+
+
+@pytest.mark.parametrize(
+    ("model", "provider", "moe_provider", "gdn_provider"),
+    [
+        ("qwen3-30b-a3b", "plugin", "cutedsl", "auto"),
+        ("qwen3-next", "plugin", "cutedsl", "cutedsl"),
+        ("qwen3-next", "marlin", "auto", "engine"),
+        ("qwen3-next", "humming", "auto", "engine"),
+    ],
+)
+def test_who_serves_what_in_vllm(model, provider, moe_provider, gdn_provider):
+    """This package's GDN layer does not come in where vLLM's own kernels are timed."""
+    arguments = serve_vllm.engine_arguments(model, provider, [1])
+    config = load_config(arguments["additional_config"]["moe_backend_plugin"])
+    assert (config.moe.provider, config.gdn.provider) == (moe_provider, gdn_provider)
+    assert arguments["quantization"] == ("nvfp4_cutedsl" if provider == "plugin" else "modelopt_fp4")
+
+
+@pytest.mark.parametrize("engine", serve.ENGINES)
+def test_every_model_has_providers(engine):
+    child = serve.child_of(engine)
+    assert list(child.PROVIDERS) == list(serve.MODELS) and all("plugin" in providers for providers in child.PROVIDERS.values())
+    assert all(part in child.SAID for model in serve.MODELS.values() for part in model.parts)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +221,41 @@ def test_engine_arguments_exist():
     ],
 )
 def test_served_by(engine, line, expected):
-    assert serve.served_by(f"first\n{line}\nlast", serve.child_of(engine).SAID) == expected
+    said = serve.child_of(engine).SAID
+    assert serve.served_by(f"first\n{line}\nlast", {"experts": said["experts"]}) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "log", "expected"),
+    [
+        (
+            "vllm",
+            "NVFP4 moe layers are served by: cutedsl (x)\nGated-delta-net layers are served by: cutedsl (y)",
+            "experts: cutedsl (x); GDN decode: cutedsl (y)",
+        ),
+        (
+            "vllm",
+            "Using 'MARLIN' NvFp4 MoE backend out of\nGated-delta-net layers are served by: engine (y)",
+            "experts: 'MARLIN' NvFp4 MoE backend; GDN decode: engine (y)",
+        ),
+        ("vllm", "NVFP4 moe layers are served by: cutedsl (x)", "experts: cutedsl (x); GDN decode: None"),
+        ("vllm", "nothing", None),
+        (
+            "sglang",
+            "NVFP4 moe layers are served by: cutedsl (x)\nLinear attention kernel backend: decode=custom, prefill=triton\n"
+            "Gated-delta-net decode is served by: cutedsl_plugin (verification of drafts: this package's kernel)",
+            "experts: cutedsl (x); GDN decode: cutedsl_plugin",
+        ),
+        (
+            "sglang",
+            "{'moe_runner_backend': 'marlin'}\nLinear attention kernel backend: decode=cutedsl, prefill=triton, verify=triton",
+            "experts: marlin; GDN decode: cutedsl",
+        ),
+    ],
+)
+def test_served_by_of_a_gdn_model(engine, log, expected):
+    said = serve.child_of(engine).SAID
+    assert serve.served_by(log, {part: said[part] for part in serve.MODELS["qwen3-next"].parts}) == expected
 
 
 def test_measured_rows():
@@ -166,15 +275,28 @@ def test_measured_rows():
     assert [list(row) for row in rows] == 2 * [["batch", "output_tok_s", "first_token_ms"]] + [["batch", "prefill_tok_s"]]
 
 
-def test_sglang_gets_the_random_weights(tmp_path):
+@pytest.mark.parametrize("model", serve.MODELS)
+def test_sglang_gets_the_random_weights(tmp_path, model):
     """What stands in for the loader's files: the tensors of the config.json in the model's folder, on the model's device."""
     from types import SimpleNamespace
 
-    config = {**serve.CONFIG, "num_hidden_layers": 1, "num_experts": 2, "hidden_size": 64, "vocab_size": 128, "moe_intermediate_size": 32}
+    config = tiny(model)
     serve.write_config(config, tmp_path)
     found = serve_sglang.random_weights(None, SimpleNamespace(model_path=str(tmp_path)), torch.nn.Linear(1, 1))
     shapes = {name: tensor.shape for name, tensor in found}
     assert shapes == {name: tensor.shape for name, tensor in serve.tensors(config, CPU)}
+
+
+def test_a_child_leaves_a_config_and_its_rows(monkeypatch, tmp_path):
+    """Layers are those asked for, settings come on top of the provider's arguments."""
+    seen = []
+    monkeypatch.setattr(serve_sglang, "serve", lambda *arguments: seen.append(arguments) or [{"batch": 1}])
+    work = {"model": "qwen3-next", "provider": "marlin_cutedsl_gdn", "batches": [1], "layers": 8, "settings": {"attention_backend": "x"}}
+    serve.main("sglang", json.dumps({**work, "folder": str(tmp_path)}))
+    arguments, config, batches, folder = seen[0]
+    assert (arguments["linear_attn_decode_backend"], arguments["attention_backend"], batches) == ("cutedsl", "x", [1])
+    assert json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config)) == serve.MODELS["qwen3-next"].of_layers(8)
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"batch": 1}]
 
 
 @pytest.mark.parametrize("engine", serve.ENGINES)
@@ -209,6 +331,27 @@ def test_serve_run(monkeypatch, engine):
     assert any("no such kernel" in line for line in lines)
 
 
+def test_serve_run_of_another_model(monkeypatch):
+    def child(command, **_):
+        work = json.loads(command[-1])
+        assert (work["model"], work["layers"]) == ("qwen3-next", 8)
+        (Path(work["folder"]) / "rows.json").write_text(json.dumps([{"batch": 32, "prefill_tok_s": 5.0}]))
+        log = "NVFP4 moe layers are served by: cutedsl (x)\nGated-delta-net layers are served by: cutedsl (y)"
+        return type("Done", (), {"returncode": 0, "stdout": log, "stderr": ""})
+
+    monkeypatch.setattr(serve.subprocess, "run", child)
+    *_, last = serve.run(serve.Options(model="qwen3-next", layers=8), lambda line: None)
+    assert [row["provider"] for row in last["rows"]] == ["plugin", "marlin", "humming"]
+    assert last["rows"][0] == {
+        "model": "qwen3-next-80b",
+        "layers": 8,
+        "provider": "plugin",
+        "batch": 32,
+        "prefill_tok_s": 5.0,
+        "served_by": "experts: cutedsl (x); GDN decode: cutedsl (y)",
+    }
+
+
 @pytest.mark.parametrize("engine", serve.ENGINES)
 def test_serve_command(monkeypatch, tmp_path, engine):
     from moe_backend_plugin import device
@@ -220,11 +363,20 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     assert done.exit_code == 2 and "--engine: found 'tgi'; allowed: vllm, sglang" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--attention-backend", "triton"])
     assert done.exit_code == 2 and "--attention-backend: found --engine vllm; allowed: --engine sglang" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--model", "gpt"])
+    assert done.exit_code == 2 and "--model: found 'gpt'; allowed: qwen3-30b-a3b, qwen3-next" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--model", "qwen3-next", "--layers", "6"])
+    assert done.exit_code == 2 and "--layers: found 6; allowed: a multiple of 4 with --model qwen3-next" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--engine", "sglang", "--model", "qwen3-next", "--providers", "humming"])
+    assert done.exit_code == 2 and "found 'humming'; allowed: plugin, marlin, marlin_cutedsl_gdn;" in done.stderr
     monkeypatch.setattr(device, "find_device", lambda *_, **__: device.Device.cpu())
     assert "bench serve: found no CUDA device" in CliRunner().invoke(app, ["bench", "serve"]).stderr
 
     monkeypatch.setattr(device, "find_device", lambda *_, **__: device.Device("cuda", "NVIDIA H200", 0, (9, 0)))
-    monkeypatch.setattr(stamp, "gpu_stamp", lambda *arguments: {"device": arguments[0], "kernel": list(arguments[2])})
+    monkeypatch.setattr(
+        stamp, "gpu_stamp", lambda *arguments: {"device": arguments[0], "command": arguments[1], "kernel": list(arguments[2])}
+    )
+    monkeypatch.setattr(stamp, "results_folder", lambda: tmp_path)
     rows = [{"model": "qwen3-30b-a3b", "provider": "plugin", "batch": 1, "output_tok_s": 300.0, "first_token_ms": 4.0}]
     monkeypatch.setattr(serve, "run", lambda options, say: iter([{"ceilings": {}, "rows": rows, "errors": []}]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -234,3 +386,13 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     assert done.exit_code == 0, done.output
     stored = json.loads(out.read_text())
     assert stored["rows"] == rows and stored["stamp"]["kernel"] == list(moe.KERNELS) and "300.0" in done.output
+    assert "Qwen3-30B-A3B shape in " in done.output
+
+    done = CliRunner().invoke(app, ["bench", "serve", "--engine", engine])
+    file = tmp_path / f"serve_{engine}_h200.json"
+    assert done.exit_code == 0 and json.loads(file.read_text())["stamp"]["command"] == f"moe-backend bench serve --engine {engine}"
+    done = CliRunner().invoke(app, ["bench", "serve", *further, "--model", "qwen3-next", "--layers", "8"])
+    assert done.exit_code == 0 and "Qwen3-Next-80B-A3B shape in " in done.output
+    stored = json.loads((tmp_path / f"serve_{engine}_qwen3-next_h200.json").read_text())["stamp"]
+    assert stored["kernel"] == [*moe.KERNELS, "gdn_decode"]
+    assert stored["command"].startswith(f"moe-backend bench serve --engine {engine} --model qwen3-next")
