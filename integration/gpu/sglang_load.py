@@ -8,8 +8,10 @@ had.  ``--provider sglang`` is the control: the same load on SGLang's own kernel
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import sglang_server
 from mixed_load import MODELS, Answer, parser, record, stop
@@ -50,8 +52,10 @@ def main() -> None:
     further = ["--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend]
     further += ["--mem-fraction-static", str(arguments.memory)]
 
+    scratch = tempfile.TemporaryDirectory()
+
     def serve():
-        server = sglang_server.start(model, provider, arguments.log, *further)
+        server = sglang_server.start(sglang_server.loadable(model, Path(scratch.name)), provider, arguments.log, *further)
         if unsaid := sglang_server.missing(arguments.log, model.name, provider):
             stop(server)
             raise SystemExit(f"{arguments.log} does not say: {', '.join(unsaid)}")

@@ -49,7 +49,8 @@ def child(name: str, provider: str, attention: str, sampling: str) -> dict:
     prompts = windows(load_tokenizer(model), standard_library("verification"), PROMPT_TOKENS, PROMPTS, per_file=2)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        server = sglang_server.start(model, provider, log, "--attention-backend", attention, "--sampling-backend", sampling)
+        served = sglang_server.loadable(model, Path(folder))
+        server = sglang_server.start(served, provider, log, "--attention-backend", attention, "--sampling-backend", sampling)
         try:
             found = asyncio.run(ask(prompts))
         finally:

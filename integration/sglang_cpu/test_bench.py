@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -76,37 +74,15 @@ def test_sglang_would_load_the_random_weights(sglang, tmp_path, monkeypatch, mod
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["shared expert", "fused shared expert"])
-def test_sglangs_qwen3_next_takes_the_random_weights(arguments, published, tmp_path, monkeypatch, fused):
+def test_sglangs_qwen3_next_takes_the_random_weights(qwen3_next, tmp_path, monkeypatch, fused):
     """Every parameter of its model is loaded, by name and shape; on a GPU the shared expert is one more of the routed ones."""
-    # Where there is no GPU, its rotary embedding imports this name from vLLM, and never calls it here.
-    operators = ModuleType("vllm._custom_ops")
-    operators.rotary_embedding = None
-    monkeypatch.setitem(sys.modules, operators.__name__, operators)
-    from sglang.srt import runtime_context
-    from sglang.srt.arg_groups.model_override_base import model_config_of
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.layers.moe.utils import initialize_moe_config
-    from sglang.srt.model_loader.loader import _get_quantization_config
     from sglang.srt.models import qwen2_moe
-    from sglang.srt.models.qwen3_next import Qwen3NextForCausalLM
 
     monkeypatch.setattr(qwen2_moe, "_is_cuda", fused)
     config = tiny("qwen3-next")
     serve.write_config(config, tmp_path)
-    provider = serve_sglang.PROVIDERS["qwen3-next"]["plugin"]
-    found = model_config_of(arguments(tmp_path, **provider, skip_tokenizer_init=True, disable_radix_cache=True))
-    initialize_moe_config()
-    only = SimpleNamespace(rank_in_group=0, world_size=1, is_first_rank=True, is_last_rank=True)
-    default = torch.get_default_dtype()
-    with runtime_context.get_parallel().override(attn_tp_rank=0, attn_tp_size=1, pp_group=only):
-        try:
-            torch.set_default_dtype(torch.bfloat16)  # as its loader does
-            model = Qwen3NextForCausalLM(found.hf_config, _get_quantization_config(found, LoadConfig()))
-            loaded = model.load_weights(serve.tensors(config, torch.device("cpu")))
-        finally:
-            torch.set_default_dtype(default)
-    of_the_cache = {f"model.layers.3.attn.{name}_scale" for name in "kv"}
-    assert {name for name, _ in model.named_parameters()} - loaded == of_the_cache
+    model, missing = qwen3_next(tmp_path, serve.tensors(config, torch.device("cpu")), skip_tokenizer_init=True)
+    assert missing == {f"model.layers.3.attn.{name}_scale" for name in "kv"}  # of the cache
     assert model.model.layers[0].mlp.experts.w13_weight.shape == (5 if fused else 4, 128, 64)
 
 

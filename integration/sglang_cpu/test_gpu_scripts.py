@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from .conftest import MODELS
 
@@ -29,6 +30,20 @@ def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
     assert (made.moe_runner_backend, made.linear_attn_decode_backend) == (runner, decode)
     assert (made.attention_backend, made.sampling_backend, made.max_running_requests) == ("triton", "pytorch", 256)
     assert not made.disable_radix_cache and not made.disable_cuda_graph and not made.disable_decode_cuda_graph
+
+
+def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, server, tmp_path):
+    """And not the model itself: once it does, the copy is not needed."""
+    from safetensors.torch import load_file
+
+    model = MODELS / "pycoder-next-nvfp4"
+    copy = server.loadable(model, tmp_path)
+    assert server.loadable(MODELS / "pycoder-moe-nvfp4", tmp_path) == MODELS / "pycoder-moe-nvfp4"
+    built, missing = qwen3_next(copy, load_file(copy / "model.safetensors").items())
+    assert all(name.endswith((".k_scale", ".v_scale")) for name in missing)
+    assert built.model.layers[0].linear_attn.in_proj_qkvz.weight.dtype == torch.bfloat16
+    with pytest.raises(Exception, match="(?i)shape|size"):
+        qwen3_next(model, load_file(model / "model.safetensors").items())
 
 
 @pytest.mark.parametrize("options", [{}, {"tops": 5}, {"score_prompt": True}, {"stream": True}])
