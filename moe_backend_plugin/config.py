@@ -28,7 +28,6 @@ ENV_FILE = "MOE_BACKEND_PLUGIN_CONFIG"
 EXTRA_SOURCE = "the engine's additional config"
 DEFAULT_SOURCE = "default"
 
-Provider = Literal["auto", "torch", "engine"]
 KernelProvider = Literal["auto", "cutedsl", "torch", "engine"]
 Activations = Literal["auto", "bf16", "nvfp4"]
 
@@ -61,7 +60,12 @@ class MoeConfig(_Group):
 class LinearConfig(_Group):
     """Dense NVFP4 layers: attention projections, shared experts, GDN projections."""
 
-    provider: Provider = Field("auto", description="who runs dense NVFP4 layers: this package's torch ops, or the engine's own kernels")
+    provider: KernelProvider = Field(
+        "auto",
+        description="who runs dense NVFP4 layers: this package's CuTe DSL kernels (vLLM on Hopper) or torch ops (CPU), or the engine's own "
+        "kernels; auto takes this package's torch ops on a CPU, and the engine's kernels on a GPU, where this package's have not been "
+        "measured",
+    )
     activations: Activations = Field(
         "auto",
         description="precision of the tokens entering a dense matrix: bf16, nvfp4 (quantised on the fly), or auto (bf16 in this release)",

@@ -22,14 +22,20 @@ LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
 LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-net"}
 FLASHINFER = ((10, 0), (10, 3))
 """Compute capabilities on which FlashInfer's CuTe DSL kernels can serve NVFP4 MoE layers through this package."""
-# Layer kinds with CuTe DSL kernels of this package: the architectures these are written for, and those they have run on.
-_WRITTEN = {"moe": ("sm_90a",), "gdn": ("sm_90a", "sm_100a")}
-_RUN = {"moe": ("sm_90a",), "gdn": ("sm_90a",)}
+# Layer kinds with CuTe DSL kernels of this package: the architectures these are written for, and those where auto takes them.
+_WRITTEN = {"moe": ("sm_90a",), "linear": ("sm_90a",), "gdn": ("sm_90a", "sm_100a")}
+_AUTO = {"moe": ("sm_90a",), "gdn": ("sm_90a",)}
+# Why auto does not take them where they could be.
+_UNTRIED = {
+    "linear": "these are the kernels of the experts, and have not been measured on dense layers",
+    "gdn": "these kernels compile for this device and have not been run on one",
+}
 _GPUS = {
     "moe": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has), or in vLLM 10.0 or 10.3 with FlashInfer",
+    "linear": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has)",
     "gdn": "a GPU of compute capability 9.0 or 10.x",
 }
-_SERVED = {"moe": "NVFP4 MoE layers", "gdn": "gated-delta-net decode"}
+_SERVED = {"moe": "NVFP4 MoE layers", "linear": "dense NVFP4 layers", "gdn": "gated-delta-net decode"}
 # What the engines run on each architecture without this package.
 _ENGINE_PATHS = {
     ("moe", "sm90"): "Humming or Marlin",
@@ -126,22 +132,26 @@ def choose_provider(
                 f"{layer_kind}.provider: cutedsl on {device.name}",
                 f"{_GPUS[layer_kind]}, or auto",
             )
-        untried = "" if target in _RUN[layer_kind] else "; these kernels compile for this device and have not been run on one"
+        untried = "" if target in _AUTO.get(layer_kind, ()) else f"; {_UNTRIED[layer_kind]}"
         return Choice("cutedsl", f"{layer_kind}.provider is cutedsl{untried}")
     if asked == "engine":
         return Choice("engine", f"{layer_kind}.provider is engine; {_engine_path(layer_kind, device)}", missing)
     if device.kind == "cpu":
         return Choice("torch", f"cpu: this package's torch ops serve {name} layers", missing)
-    if target in _RUN.get(layer_kind, ()):
+    if target in _AUTO.get(layer_kind, ()):
         return Choice("cutedsl", f"{device.arch}: this package's CuTe DSL kernels serve {_SERVED[layer_kind]}", missing)
-    reason = f"{device.arch}: this release has no {name} kernel for this device; {_engine_path(layer_kind, device)}"
+    lack = f"this release has no {name} kernel for this device"
+    if target:
+        lack = f"{layer_kind}.provider: cutedsl would take this package's kernels ({_UNTRIED[layer_kind]})"
+    reason = f"{device.arch}: {lack}; {_engine_path(layer_kind, device)}"
     if layer_kind == "moe" and drives_flashinfer and device.capability in FLASHINFER:
         reason += "; moe.provider: cutedsl would take FlashInfer's CuTe DSL kernels through this package, never run by its authors"
     if config.strict:
+        lack = f"{layer_kind}.provider: auto takes no kernel" if target else "no kernel"
         raise UnsupportedLayerError(
             where or f"{name} layers",
-            f"{device.name} ({device.arch}), no kernel of this package for {device.arch}, and strict is true",
-            f"strict: false (the engine serves the layers), or {layer_kind}.provider: engine",
+            f"{device.name} ({device.arch}), {lack} of this package for {device.arch}, and strict is true",
+            f"strict: false (the engine serves the layers), or {layer_kind}.provider: engine{' or cutedsl' if target else ''}",
         )
     return Choice("engine", reason, missing)
 

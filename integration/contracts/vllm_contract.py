@@ -39,6 +39,13 @@ USES: list[Use] = [
     # linear.py builds parameters of a class that is a variable there.
     Use(f"{PARAMETER}.ModelWeightParameter", Call(0, ("data", "weight_loader", "input_dim", "output_dim"))),
     Use(f"{PARAMETER}.PerTensorScaleParameter", Call(0, ("data", "weight_loader"))),
+    # linear_cuda.py: the configuration, and what a layer has of its sizes when vLLM asks who serves it.
+    Use("vllm.config.VllmConfig.kernel_config.linear_backend"),
+    Use("vllm.config.VllmConfig.scheduler_config.max_num_batched_tokens"),
+    *attributes(f"{LAYERS}.linear.LinearBase", "input_size output_size params_dtype"),
+    Use(f"{LAYERS}.linear.ColumnParallelLinear.output_size_per_partition"),
+    Use(f"{LAYERS}.linear.RowParallelLinear.input_size_per_partition"),
+    *attributes(f"{LAYERS}.vocab_parallel_embedding.ParallelLMHead", "input_size_per_partition output_size_per_partition"),
     # What the wrapped weight loaders are called with.
     Use(f"{LAYERS}.linear.ColumnParallelLinear.weight_loader_v2", Call(2)),
     Use(f"{LAYERS}.linear.RowParallelLinear.weight_loader_v2", Call(2)),
@@ -143,7 +150,8 @@ SIGNATURES: dict[str, str] = {
 VALUES: dict[str, object] = {
     f"{LAYERS}.fused_moe.FusedMoeWeightScaleSupported.BLOCK": "block",
     "vllm.plugins.DEFAULT_PLUGINS_GROUP": "vllm.general_plugins",
-    # Without --moe-backend.
+    # Without --linear-backend, and without --moe-backend.
+    "vllm.config.KernelConfig.linear_backend": "auto",
     f"{LAYERS}.fused_moe.FusedMoEConfig.moe_backend": "auto",
 }
 
@@ -155,6 +163,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "_causal_conv1d_update_cpu(x=decode_mixed_qkv, conv_states=conv_state, weight=layer.conv1d.weight, bias=layer.conv1d.bias, "
         "silu_activation=layer.activation == 'silu', conv_state_indices=decode_state_indices, is_weight_packed=True)",
     ),
+    # Compiled graphs are kept under a hash of this, among others.
+    "vllm.config.VllmConfig.compute_hash": ("json.dumps(additional_config, sort_keys=True)",),
     # Weights that are loaded again. A loader gets all it takes by position. What it copies is counted, first on tensors without
     # memory, and the layer is finished once that is what its parameters hold.
     f"{RELOAD}.layerwise.make_online_process_loader": (
@@ -193,8 +203,11 @@ CALLERS = [
     Caller(f"{QUANTIZATION}.base_config", "quant_config.get_quant_method", "PluginLayers.get_quant_method"),
     Caller(f"{LAYERS}.linear", "quant_method.create_weights", "Nvfp4LinearMethod.create_weights"),
     Caller(f"{LAYERS}.vocab_parallel_embedding", "quant_method.create_weights", "Nvfp4LinearMethod.create_weights"),
-    Caller(f"{LAYERS}.linear", "quant_method.apply", "Nvfp4LinearMethod.apply"),
-    Caller(f"{LAYERS}.logits_processor", "quant_method.apply", "Nvfp4LinearMethod.apply"),
+    *(
+        Caller(f"{LAYERS}.{module}", "quant_method.apply", f"{c}.apply")
+        for module in ("linear", "logits_processor")
+        for c in ("Nvfp4LinearMethod", "HopperLinearMethod")
+    ),
     *(
         Caller(
             f"vllm.model_executor.model_loader.{module}", "quant_method.process_weights_after_loading", f"{c}.process_weights_after_loading"

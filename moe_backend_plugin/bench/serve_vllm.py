@@ -26,6 +26,8 @@ def _settings(**providers: str) -> dict[str, Any]:
 PROVIDERS: dict[str, dict[str, dict[str, Any]]] = {
     "qwen3-30b-a3b": {
         "plugin": {"quantization": "nvfp4_cutedsl", **_settings(moe="cutedsl")},
+        # Dense layers as well, which the others leave to vLLM's own choice.
+        "plugin_linear": {"quantization": "nvfp4_cutedsl", **_settings(moe="cutedsl", linear="cutedsl")},
         "marlin": {"quantization": "modelopt_fp4", "moe_backend": "marlin"},
         "humming": {"quantization": "modelopt_fp4", "moe_backend": "humming"},
     },

@@ -110,7 +110,10 @@ def serve(
     ] = "qwen3-30b-a3b",
     providers: Annotated[
         str | None,
-        typer.Option(help="plugin, marlin, humming; of qwen3-next in SGLang plugin, marlin, marlin_cutedsl_gdn. Default: all."),
+        typer.Option(
+            help="plugin, marlin, humming; in vLLM plugin_linear (dense layers too); of qwen3-next in SGLang plugin, marlin, "
+            "marlin_cutedsl_gdn. Default: all."
+        ),
     ] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences at a time, e.g. 1,32. Default: 1,8,32,128,256.")] = None,
     layers: Annotated[

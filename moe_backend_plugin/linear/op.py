@@ -1,6 +1,12 @@
-"""The torch operator ``moe_backend_plugin::nvfp4_linear``: one dense NVFP4 layer, opaque to torch.compile."""
+"""The torch operators of one dense NVFP4 layer call, opaque to torch.compile.
+
+``moe_backend_plugin::nvfp4_linear`` runs on a CPU, on the planes of codes that :func:`prepare` makes;
+``moe_backend_plugin::nvfp4_linear_packed`` on a Hopper GPU, on the order of :mod:`..nvfp4.hopper`.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,12 +17,19 @@ from ..nvfp4.format import quantize_activations
 from ..nvfp4.unscaled import check_shapes, to_planes, unscaled_planes
 from .scratch import SCRATCH_VALUES, scratch, scratch_bits
 
+if TYPE_CHECKING:
+    from .cuda import Weights
+
 SCHEMA = "nvfp4_linear(Tensor x, Tensor words, Tensor scale, Tensor row_scale, Tensor? bias=None, Tensor? input_scale=None) -> Tensor"
+PACKED_SCHEMA = "nvfp4_linear_packed(Tensor x, Tensor packed, Tensor scale_2, int rows, Tensor? bias=None) -> Tensor"
 
 _library = torch.library.Library("moe_backend_plugin", "FRAGMENT")
 _library.define(SCHEMA)
+_library.define(PACKED_SCHEMA)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNMENT = 16
+"""Bytes; the kernels' rows begin at multiples of it."""
 
 
 def prepare(packed: Tensor, scale: Tensor, row_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,3 +114,43 @@ def nvfp4_linear(
     The other arguments, precision and errors are those of :func:`.reference.nvfp4_linear`. Returns a new tensor.
     """
     return (_cpu if is_eager(x) else _op)(x, words, scale, row_scale, bias, input_scale)
+
+
+def _packed(x: Tensor, packed: Tensor, scale_2: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
+    # A machine without the kernels' compiler still imports this module.
+    from .cuda import Weights
+    from .cuda import nvfp4_linear as launch
+
+    if x.ndim == 0 or (bias is not None and bias.shape != (rows,)):
+        found = f"{list(x.shape)}, {None if bias is None else list(bias.shape)}"
+        raise PluginError("x, bias", found, f"[..., K], [{rows}] or none")
+    inputs = x.reshape(-1, x.shape[-1])
+    if inputs.stride(1) != 1 or inputs.stride(0) * inputs.element_size() % ALIGNMENT or inputs.data_ptr() % ALIGNMENT:
+        # Not contiguous(), which leaves what begins at another address where it is.
+        inputs = inputs.clone(memory_format=torch.contiguous_format)
+    out = torch.empty(inputs.shape[0], rows, dtype=x.dtype, device=x.device)
+    launch(inputs, Weights(packed, scale_2), out)
+    if bias is not None:
+        out.add_(bias)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _packed_fake(x: Tensor, packed: Tensor, scale_2: Tensor, rows: int, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+_library.impl("nvfp4_linear_packed", _packed, "CUDA")
+torch.library.register_fake("moe_backend_plugin::nvfp4_linear_packed", _packed_fake, lib=_library)
+
+_packed_op = torch.ops.moe_backend_plugin.nvfp4_linear_packed.default
+
+
+def nvfp4_linear_packed(x: Tensor, weights: Weights, rows: int, bias: Tensor | None = None) -> Tensor:
+    """``x @ w.T + bias`` on a Hopper GPU, ``x`` bf16 or fp16 ``[..., K]``, with weights from :func:`.cuda.pack`: a new tensor
+    ``[..., rows]`` in ``x``'s dtype.
+
+    ``bias`` ``[rows]`` is added to the rounded product, and the sum rounded again. Nothing is allocated but the result, and a copy of
+    ``x`` where its rows are not of unit stride and 16-byte aligned. The layer is one that :func:`.cuda.unsupported_reason` lets through
+    and that :func:`.cuda.prepare` has seen. Raises PluginError (a ValueError) on shapes that disagree.
+    """
+    return (_packed if is_eager(x) else _packed_op)(x, *weights, rows, bias)

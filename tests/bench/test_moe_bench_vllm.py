@@ -183,7 +183,7 @@ def test_engine_arguments_exist():
         arguments = serve_vllm.engine_arguments(model, provider, [8, 1])
         assert set(arguments) <= names
         assert arguments["max_num_seqs"] == 32 and arguments["compilation_config"]["cudagraph_capture_sizes"] == [1, 8]
-        assert ("moe_backend" in arguments) == (provider != "plugin")
+        assert ("moe_backend" in arguments) == (not provider.startswith("plugin"))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     from moe_backend_plugin.bench import stamp
 
     done = CliRunner().invoke(app, ["bench", "serve", "--providers", "triton"])
-    assert done.exit_code == 2 and "--providers: found 'triton'; allowed: plugin, marlin, humming" in done.stderr
+    assert done.exit_code == 2 and "--providers: found 'triton'; allowed: plugin, plugin_linear, marlin, humming" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--engine", "tgi"])
     assert done.exit_code == 2 and "--engine: found 'tgi'; allowed: vllm, sglang" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--attention-backend", "triton"])

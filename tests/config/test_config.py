@@ -95,7 +95,7 @@ def test_frozen_hashable_and_picklable():
 
 BAD_EXTRA = [
     ({"moe": {"provider": "cuda"}}, ["moe.provider", "'cuda'", "auto, cutedsl, torch, engine"]),
-    ({"linear": {"provider": "cutedsl"}}, ["linear.provider", "'cutedsl'", "auto, torch, engine"]),
+    ({"linear": {"provider": "marlin"}}, ["linear.provider", "'marlin'", "auto, cutedsl, torch, engine"]),
     ({"moe": {"activations": "fp8"}}, ["moe.activations", "'fp8'", "auto, bf16, nvfp4"]),
     ({"strict": "maybe"}, ["strict", "'maybe'", "true, false"]),
     ({"strict": None}, ["strict", "None", "true, false"]),

@@ -111,11 +111,21 @@ def test_cpu_uses_torch_ops(kind):
     assert choice.provider == "torch" and choice.missing == () and "cpu" in choice.reason
 
 
-@pytest.mark.parametrize(("kind", "device"), [("linear", H100), ("linear", B200), ("moe", B200), ("moe", A100)])
+@pytest.mark.parametrize(("kind", "device"), [("linear", B200), ("linear", A100), ("moe", B200), ("moe", A100)])
 def test_cuda_uses_the_engine_and_says_why(kind, device):
     choice = choose_provider(kind, device, PluginConfig())
     assert choice.provider == "engine" and device.arch in choice.reason
     assert choice.missing == (f"{LAYER_NAMES[kind]} kernel for {device.arch}",)
+
+
+def test_dense_layers_on_hopper_are_the_engine_s_unless_asked():
+    auto = choose_provider("linear", H100, PluginConfig())
+    assert auto.provider == "engine" and auto.missing == () and "vLLM serves it with Humming or Marlin" in auto.reason
+    assert "linear.provider: cutedsl would take this package's kernels" in auto.reason and "not been measured" in auto.reason
+    asked = choose_provider("linear", H100, PluginConfig(linear={"provider": "cutedsl"}, strict=True))
+    assert asked.provider == "cutedsl" and asked.missing == () and "not been measured" in asked.reason
+    with pytest.raises(UnsupportedLayerError, match="auto takes no kernel .*strict: false .*linear.provider: engine or cutedsl"):
+        choose_provider("linear", H100, PluginConfig(strict=True))
 
 
 @pytest.mark.parametrize(("kind", "words"), [("moe", "serve NVFP4 MoE layers"), ("gdn", "serve gated-delta-net decode")])
@@ -137,6 +147,8 @@ def test_gdn_kernels_serve_blackwell_only_when_asked():
     [
         ("gdn", CPU, "9.0 or 10.x"),
         ("gdn", A100, "9.0 or 10.x"),
+        ("linear", CPU, "compute capability 9.0 "),
+        ("linear", B200, "wgmma, which only Hopper has"),
         ("moe", CPU, "compute capability 9.0 "),
         ("moe", A100, "compute capability 9.0 "),
         ("moe", B200, "wgmma, which only Hopper has"),

@@ -79,10 +79,12 @@ MAX_TOKENS, MULTIPROCESSORS = 16384, 132
 
 
 def gemm_variants() -> list:
-    """Every variant that the benchmark's models can launch with bf16 tokens, and the smallest and largest tiles of what they leave out."""
+    """Every variant that the benchmark's models and a dense layer can launch with bf16 tokens, and the smallest and largest tiles of what
+    they leave out."""
     import torch
 
     from moe_backend_plugin.bench.moe import MODELS
+    from moe_backend_plugin.linear import cuda as linear
     from moe_backend_plugin.moe.cuda import variants
     from moe_backend_plugin.moe.problem import Activation, MoEProblem
 
@@ -97,6 +99,10 @@ def gemm_variants() -> list:
     ):
         samples = variants(problem, tokens, MAX_TOKENS, MULTIPROCESSORS)
         found += [v for v in samples if (v.tile_tokens, v.row_groups) in ((8, 1), (128, 2), (144, 2)) and v.pairs in (0, 32)]
+    for rows in (5120, 151936):
+        found += linear.variants(rows, 2048, bf16, MAX_TOKENS, MULTIPROCESSORS)
+    samples = linear.variants(5120, 2112, bf16, MAX_TOKENS, MULTIPROCESSORS)  # ragged
+    found += [v for v in samples if (v.tile_tokens, v.row_groups) in ((8, 1), (128, 2))]
     return list(dict.fromkeys(found))
 
 

@@ -72,18 +72,21 @@ class PluginLayers:
         use_nvfp4 = getattr(plugin_config(), kind).activations == "nvfp4"
         method = Nvfp4MoEMethod if moe else Nvfp4LinearMethod
         if choice.provider == "cutedsl":
-            from . import moe_cuda
+            if moe:
+                from . import moe_cuda as hopper
+            else:
+                from . import linear_cuda as hopper
 
-            if (reason := moe_cuda.unsupported_reason(layer, use_nvfp4)) is not None:
-                hand_over(prefix, reason)
+            if (reason := hopper.unsupported_reason(layer, use_nvfp4)) is not None:
+                hand_over(prefix, reason, kind)
                 return super().get_quant_method(layer, prefix)
-            method = moe_cuda.HopperMoEMethod
+            method = hopper.HopperMoEMethod if moe else hopper.HopperLinearMethod
         if choice.provider == "flashinfer":
             from . import moe_blackwell
 
             static = activations == "nvfp4"
             if (reason := moe_blackwell.unsupported_reason(layer, static, plugin_config().moe.activations)) is not None:
-                hand_over(prefix, reason)
+                hand_over(prefix, reason, kind)
                 return super().get_quant_method(layer, prefix)
             method, use_nvfp4 = moe_blackwell.BlackwellMoEMethod, static
         # The reason is the same for every layer of a kind: said once, without the layer's name.
@@ -131,14 +134,14 @@ class Nvfp4CompressedTensorsConfig(PluginLayers, CompressedTensorsConfig):
         return "nvfp4" if parts.get("input_activations") is not None else "bf16"
 
 
-def hand_over(prefix: str, reason: str) -> None:
-    """Say, once a reason, that vLLM's own kernel serves a layer which this package's kernels cannot.
+def hand_over(prefix: str, reason: str, kind: str) -> None:
+    """Say, once a reason, that vLLM's own kernel serves a layer ("moe", "linear") which this package's kernels cannot.
 
     Raises:
         UnsupportedLayerError: ``strict`` forbids it.
     """
     if plugin_config().strict:
-        raise UnsupportedLayerError(prefix, reason, "strict: false (vLLM's own kernel serves the layer), or moe.provider: engine")
+        raise UnsupportedLayerError(prefix, reason, f"strict: false (vLLM's own kernel serves the layer), or {kind}.provider: engine")
     if reason not in _handed_over:
         _handed_over.add(reason)
         logger.warning_once("%s, and layers like it, are served by: engine, vLLM's own kernel (%s)", prefix, reason)

@@ -1,4 +1,7 @@
-"""Dense NVFP4 layers in vLLM, on this package's linear op."""
+"""Dense NVFP4 layers in vLLM, on this package's linear op: loading, checking, and the CPU's way to keep and apply weights.
+
+:mod:`.linear_cuda` has the GPU's.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +62,20 @@ class Nvfp4LinearMethod(LinearMethodBase):
             layer.register_parameter(name, cls(data=data, weight_loader=self._loader(name, loader), **dims))
 
         columns = {"input_dim": 1, "output_dim": 0}
-        register(self.names.weight, torch.empty(rows, input_size_per_partition // 2, dtype=torch.uint8), ModelWeightParameter, **columns)
-        scale = nan_filled((rows, input_size_per_partition // BLOCK), torch.float8_e4m3fn)
+        weight, scale = self._allocate(rows, input_size_per_partition)
+        register(self.names.weight, weight, ModelWeightParameter, **columns)
         register(self.names.scale, scale, ModelWeightParameter, **columns)
         register(self.names.global_scale, nan_filled((parts,), torch.float32), PerTensorScaleParameter)
         if self.has_input_scale:
             register(self.names.input_scale, nan_filled((parts,), torch.float32), PerTensorScaleParameter)
+        self._prepare(layer, params_dtype)
+
+    def _prepare(self, layer: torch.nn.Module, tokens: torch.dtype) -> None:
+        """What the layer's kernels need before any weight is read: the CPU's nothing."""
+
+    def _allocate(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the checkpoint's tensors: codes uint8 [N, K/2], scales float8_e4m3fn [N, K/16], all NaN."""
+        return torch.empty(rows, columns // 2, dtype=torch.uint8), nan_filled((rows, columns // BLOCK), torch.float8_e4m3fn)
 
     def _loader(self, name: str, loader: Callable) -> Callable:
         def where(shard_id: object = None, **_: object) -> str:
@@ -82,8 +93,6 @@ class Nvfp4LinearMethod(LinearMethodBase):
         check_global_scales(global_scale, lambda part: f"{self.prefix}.{names.global_scale} (part {part})")
         if names.reciprocal:
             global_scale = global_scale.reciprocal()
-        widths = torch.tensor(layer.logical_widths, device=global_scale.device)
-        row_scale = global_scale.repeat_interleave(widths)
 
         input_scale = None
         if self.use_nvfp4:
@@ -100,11 +109,16 @@ class Nvfp4LinearMethod(LinearMethodBase):
         for name in (names.weight, names.scale, names.global_scale, names.input_scale):
             if hasattr(layer, name):
                 delattr(layer, name)
-        weight, scale, row_scale = prepare(weight, scale, row_scale)
+        self._keep(layer, weight, scale, global_scale)
+        layer.input_scale = input_scale
+
+    def _keep(self, layer: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> None:
+        """Give the layer its tensors, which it no longer has, in the form that ``apply`` wants; ``global_scale``: float32 [parts]."""
+        widths = torch.tensor(layer.logical_widths, device=global_scale.device)
+        weight, scale, row_scale = prepare(weight, scale, global_scale.repeat_interleave(widths))
         layer.weight = Parameter(weight, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)
         layer.row_scale = Parameter(row_scale, requires_grad=False)
-        layer.input_scale = input_scale
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return nvfp4_linear(x, layer.weight, layer.weight_scale, layer.row_scale, bias, layer.input_scale)
