@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +16,9 @@ from .linear import reference as linear_reference
 from .moe import kernel_check
 from .moe.kernel_check import Found, Row, attempt, compare, until_lost
 from .nvfp4.format import quantize
+
+if TYPE_CHECKING:
+    from .linear import cuda as cuda_linear
 
 BOUNDS = (1e-2, 5e-2)
 """Of bfloat16 outputs, as in :mod:`.moe.kernel_check`."""
@@ -28,11 +32,13 @@ DRAFTS = 2
 
 @until_lost
 def rows(device: torch.device) -> Iterator[Row]:
-    """Expert kernels with every tactic, gated-delta-net decode, and on a CPU dense layers (on GPUs these are the engine's)."""
+    """Expert kernels with every tactic, gated-delta-net decode, and dense layers where this package has a way to run them."""
     yield from kernel_check.rows(device)
     yield from gdn_rows(device)
     if device.type == "cpu":
         yield from linear_rows()
+    elif torch.cuda.get_device_capability(device)[0] == 9:
+        yield from hopper_linear_rows(device)
 
 
 @until_lost
@@ -151,3 +157,27 @@ def linear_rows(counts: Sequence[int] = (1, 70)) -> Iterator[Row]:
             right = linear_reference.nvfp4_linear(x, weights.packed, weights.scale, scale, None, input_scale).float()
             found = compare(linear.nvfp4_linear(x, *words, None, input_scale), right, BOUNDS)
             yield Row("nvfp4_linear", "96x256", "W4A16" if input_scale is None else "W4A4", count, *found)
+
+
+@until_lost
+def hopper_linear_rows(device: torch.device, counts: Sequence[int] = (1, 12, 70, 300)) -> Iterator[Row]:
+    """The experts' kernel as a dense layer, with and without a last block of columns that is not full."""
+    from .linear import cuda
+
+    generator = torch.Generator(device).manual_seed(0)
+    for rows, columns in ((1024, 512), (208, 272)):
+        weights = quantize(torch.randn(rows, columns, device=device, generator=generator) / columns**0.5)
+        packed = cuda.pack(weights.packed, weights.scale, weights.scale_2)
+        cuda.prepare(rows, columns, torch.bfloat16, device, max(counts))
+        for count in counts:
+            x = torch.randn(count, columns, device=device, generator=generator).bfloat16()
+            right = linear_reference.nvfp4_linear(x.float(), weights.packed, weights.scale, weights.scale_2)
+            yield attempt(device, "moe_gemm", f"{rows}x{columns} dense", "W4A16", count, _dense, x, packed, right)
+
+
+def _dense(x: torch.Tensor, packed: cuda_linear.Weights, right: torch.Tensor) -> Found:
+    from .linear import cuda
+
+    out = torch.full(right.shape, torch.nan, dtype=x.dtype, device=x.device)
+    cuda.nvfp4_linear(x, packed, out)
+    return compare(out, right, BOUNDS)

@@ -116,6 +116,23 @@ def test_a_mistake_of_the_dense_layer_is_named(monkeypatch):
     assert all(row.reason and row.reason.startswith("wrong") for row in self_check.linear_rows())
 
 
+@pytest.mark.parametrize("off", [1.0, 1.1])
+def test_dense_layers_of_a_hopper_gpu(monkeypatch, off):
+    """With the reference in the kernel's place, which sees the packed weights only."""
+    from moe_backend_plugin.linear import cuda
+    from moe_backend_plugin.nvfp4 import hopper
+
+    def instead(x, weights, out):
+        dense = hopper.dequantise(weights.packed, out.shape[1], x.shape[1], False)[0]
+        out.copy_(off * weights.scale_2 * (x.float() @ dense.T))
+
+    monkeypatch.setattr(cuda, "prepare", lambda *_: 0)
+    monkeypatch.setattr(cuda, "nvfp4_linear", instead)
+    found = list(self_check.hopper_linear_rows(CPU))
+    assert {row.tokens for row in found} == {1, 12, 70, 300} and len(found) == 8
+    assert all((row.reason is None) == (off == 1.0) for row in found)
+
+
 def test_a_machine_without_a_gpu_checks_all_its_operators(monkeypatch):
     monkeypatch.setattr(self_check.kernel_check, "rows", lambda device: iter(()))
     assert {row.kernel for row in self_check.rows(CPU)} == {"gdn_decode", "nvfp4_linear"}
