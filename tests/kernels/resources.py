@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -176,14 +176,34 @@ def codes(jobs: Iterable[Job]) -> dict[Job, Code]:
     return {job: _codes[job] for job in jobs}
 
 
+_begun: tuple[ProcessPoolExecutor, dict[Job, Future]] | None = None
+
+
+def begin() -> None:
+    """Have the kernels of the table compiled in other processes, while this one does something else."""
+    global _begun
+    _begun = _submit(jobs())
+
+
+def end() -> None:
+    """Give up what :func:`begin` began."""
+    if _begun is not None:
+        _begun[0].shutdown(cancel_futures=True)
+
+
+def _submit(jobs: Iterable[Job]) -> tuple[ProcessPoolExecutor, dict[Job, Future]]:
+    pool = ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), mp_context=multiprocessing.get_context("spawn"))
+    return pool, {job: pool.submit(_compile, job) for job in jobs}
+
+
 def _compile_all(jobs: list[Job]) -> dict[Job, _Compiled]:
     """On all cores: other processes begin at the front, this one at the back, because it has the compiler imported already."""
-    others = max(1, len(os.sched_getaffinity(0)) - 1)
-    with ProcessPoolExecutor(others, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {job: pool.submit(_compile, job) for job in jobs}
-        try:
-            return {job: _compile(job) if futures[job].cancel() else futures[job].result() for job in reversed(jobs)}
-        finally:
+    begun = _begun is not None and set(jobs) <= _begun[1].keys()
+    pool, futures = _begun if begun else _submit(jobs)
+    try:
+        return {job: _compile(job) if futures[job].cancel() else futures[job].result() for job in reversed(jobs)}
+    finally:
+        if not begun:  # others may still be asked for
             pool.shutdown(cancel_futures=True)
 
 
