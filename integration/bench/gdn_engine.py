@@ -20,40 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from child import hand_back, run_child  # noqa: E402
 from stamp import gpu_stamp  # noqa: E402
 
+from moe_backend_plugin.bench.serve import MODELS  # noqa: E402
+
 BATCHES = (1, 16, 64, 256)
 PROMPT, NEW = 32, 128
-CONFIG = {
-    "architectures": ["Qwen3NextForCausalLM"],
-    "model_type": "qwen3_next",
-    "dtype": "bfloat16",
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "partial_rotary_factor": 0.25,
-    "rope_theta": 10000000,
-    "max_position_embeddings": 32768,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+CONFIG = {**MODELS["qwen3-next"].config, "max_position_embeddings": 32768}
 
 
 def serve(provider: str, layers: int, state: str) -> dict[str, float]:

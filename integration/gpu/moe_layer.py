@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import time
 from contextlib import contextmanager
 
 import torch
+from mixed_load import free_port
 
 _BITS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 _GROUP = {"targets": ["Linear"], "format": "nvfp4-pack-quantized", "weights": {**_BITS, "dynamic": False}}
@@ -98,13 +98,10 @@ def engine():
     from moe_backend_plugin.engines.vllm import register
 
     register()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     config = VllmConfig(additional_config={"moe_backend_plugin": {"strict": True, "moe": {"provider": "cutedsl"}}})
     with set_current_vllm_config(config):
         init_workspace_manager(torch.device("cuda", 0))
-        parallel_state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "nccl")
+        parallel_state.init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "nccl")
         parallel_state.initialize_model_parallel(1, 1)
         yield config
         parallel_state.destroy_model_parallel()

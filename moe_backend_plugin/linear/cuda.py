@@ -127,17 +127,12 @@ def variants(rows: int, columns: int, tokens: torch.dtype, max_tokens: int, mult
 
 
 @cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
 def prepare(rows: int, columns: int, tokens: torch.dtype, device: torch.device, max_tokens: int) -> int:
     """Compile and load every kernel that calls of up to ``max_tokens`` tokens can launch, and make the lists long enough.
 
     ``device``: with its index. Returns how many kernels had to be compiled.
     """
-    multiprocessors = _multiprocessors(device.index)
+    multiprocessors = moe.multiprocessors_of(device.index)
     needed = variants(rows, columns, tokens, max_tokens, multiprocessors)
     compiled = kernels.prepare(moe.GEMM, needed, kernels.device_architecture(device.index, moe.ARCHITECTURES))
     for shape in shapes(rows, columns, max_tokens, multiprocessors):
@@ -221,7 +216,7 @@ class _Call(NamedTuple):
 def _call(device: torch.device, rows: int, columns: int, tokens: int, dtype: torch.dtype) -> _Call:
     if reason := unsupported_reason(rows, columns, dtype):
         raise PluginError("x, out", reason, "a layer that unsupported_reason lets through")
-    multiprocessors = _multiprocessors(device.index)
+    multiprocessors = moe.multiprocessors_of(device.index)
     shape = choose(rows, columns, tokens, multiprocessors)
     return _Call(
         *_Lists.get(device, shape.tile_tokens, tokens).of(tokens),

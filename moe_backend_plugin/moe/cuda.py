@@ -81,7 +81,8 @@ def unsupported_reason(problem: MoEProblem, tokens: torch.dtype) -> str | None:
 
 
 @cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors_of(device: int) -> int:
+    """Of this process's GPU number ``device``."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -152,11 +153,11 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, index: torch.dtype, device
     architecture = kernels.device_architecture(device.index or 0, ARCHITECTURES)
     if tactics.load(problem, tokens, device.index or 0):
         forget_choices()
-    needed = variants(problem, tokens, max_tokens, _multiprocessors(device.index or 0), Ids(index, mapped))
+    needed = variants(problem, tokens, max_tokens, multiprocessors_of(device.index or 0), Ids(index, mapped))
     compiled = kernels.prepare(GEMM, needed, architecture)
     compiled += kernels.prepare(route.ROUTE, route.route_variants(index, mapped), architecture)
     compiled += kernels.prepare(route.COMBINE, route.combine_variants(tokens, tokens, problem.top_k), architecture)
-    workspace.Arena.get(device, _largest(problem, max_tokens, tokens, _multiprocessors(device.index or 0)).bytes, workspace.EVERY_STREAM)
+    workspace.Arena.get(device, _largest(problem, max_tokens, tokens, multiprocessors_of(device.index or 0)).bytes, workspace.EVERY_STREAM)
     return compiled
 
 
@@ -210,7 +211,7 @@ class _Call(NamedTuple):
 
 @lru_cache(4096)
 def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, ids: Ids, choice: tiles.Choice | None = None) -> _Call:
-    multiprocessors = _multiprocessors(device)
+    multiprocessors = multiprocessors_of(device)
     choice = choice or tactics.chosen(problem, tokens, multiprocessors, dtype)
     plan = workspace.plan(problem, tokens, workspace.Call(choice.tile_tokens, y=dtype), dtype, route.scratch_ints)
     token_tiles = workspace.max_tiles(tokens * problem.top_k, problem.num_local_experts, choice.tile_tokens)

@@ -426,13 +426,13 @@ def test_no_time_left(no_gpu_needed, monkeypatch):
     assert result["rows"] == [] and len(result["dropped"]) == 4 and {entry["why"] for entry in result["dropped"]} == {"no time"}
 
 
-def test_a_model_leaves_time_to_those_after_it(no_gpu_needed, monkeypatch):
-    """Estimated well, but the first model takes ten times as long: its least important cells go, the second model still runs."""
+@pytest.fixture
+def slow_cells(no_gpu_needed, monkeypatch):
+    """A second is estimated for every cell, and each takes two."""
     now = [0.0]
     monkeypatch.setattr(moe.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(moe, "plugin_layers", reference_layers)
     monkeypatch.setattr(moe, "total", lambda cells, options: float(len(list(cells))))
-    monkeypatch.setattr(moe, "importance", lambda cell: cell.tokens)
 
     class Slow(Clock):
         def time(self, *arguments) -> float:
@@ -440,6 +440,11 @@ def test_a_model_leaves_time_to_those_after_it(no_gpu_needed, monkeypatch):
             return super().time(*arguments)
 
     monkeypatch.setattr("moe_backend_plugin.bench.timing.Clock", Slow)
+
+
+def test_a_model_leaves_time_to_those_after_it(slow_cells, monkeypatch):
+    """Estimated well, but the first model takes ten times as long: its least important cells go, the second model still runs."""
+    monkeypatch.setattr(moe, "importance", lambda cell: cell.tokens)
     options = Options(models=("silu", "ep"), tokens=(1, 2, 3, 4), routings=("balanced",), providers=("plugin",), seconds=9.0)
     *_, result = moe.run(options, CPU, say=lambda line: None)
     timed = [(row["model"], row["tokens"]) for row in result["rows"]]
@@ -448,20 +453,9 @@ def test_a_model_leaves_time_to_those_after_it(no_gpu_needed, monkeypatch):
     assert len(timed) + len(result["dropped"]) == 8
 
 
-def test_important_cells_are_not_dropped_for_others(no_gpu_needed, monkeypatch):
+def test_important_cells_are_not_dropped_for_others(slow_cells, monkeypatch):
     """The first model takes longer than estimated; what waits is worth less."""
-    now = [0.0]
-    monkeypatch.setattr(moe.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(moe, "plugin_layers", reference_layers)
-    monkeypatch.setattr(moe, "total", lambda cells, options: float(len(list(cells))))
     monkeypatch.setattr(moe, "importance", lambda cell: 2 if cell.model == "silu" else 1)
-
-    class Slow(Clock):
-        def time(self, *arguments) -> float:
-            now[0] += 2.0
-            return super().time(*arguments)
-
-    monkeypatch.setattr("moe_backend_plugin.bench.timing.Clock", Slow)
     options = Options(models=("silu", "ep"), tokens=(1, 2, 3, 4), routings=("balanced",), providers=("plugin",), seconds=11.0)
     *_, result = moe.run(options, CPU, say=lambda line: None)
     assert [(row["model"], row["tokens"]) for row in result["rows"]][:4] == [("silu", tokens) for tokens in (1, 2, 3, 4)]

@@ -202,15 +202,24 @@ def test_doctor_model_with_gdn_layers(packages):
     assert rows["shared experts", "nvfp4"]["count"] == 12 and rows["gdn state update", "bf16"]["provider"] == "torch"
 
 
+def changed(shipped: Path, folder: Path, **change) -> Path:
+    """A copy of a shipped model with other values in its config.json."""
+    model = shutil.copytree(shipped, folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    return model
+
+
+def layer_of(model: Path, kind: str) -> dict:
+    """What doctor says of a kind of layer."""
+    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
+    return next(row for row in layers if row["kind"] == kind)
+
+
 @pytest.mark.parametrize(("head", "provider", "words"), [(128, "cutedsl", "CuTe DSL"), (64, "engine", "K=64")])
 def test_doctor_says_which_gdn_layers_the_kernels_serve(packages, monkeypatch, tmp_path, head, provider, words):
     monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
-    model = tmp_path / "model"
-    shutil.copytree(NEXT, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "linear_key_head_dim": head}))
-    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
-    row = next(row for row in layers if row["kind"] == "gdn state update")
+    row = layer_of(changed(NEXT, tmp_path, linear_key_head_dim=head), "gdn state update")
     assert row["provider"] == provider and words in row["reason"]
 
 
@@ -229,12 +238,7 @@ def test_doctor_says_which_experts_the_kernels_serve(packages, monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, cuda.__name__, cuda)
     monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA H100", 80 << 30, (9, 0)))
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__ACTIVATIONS", activations)
-    model = tmp_path / "model"
-    shutil.copytree(MOE, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **change}))
-    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
-    row = next(row for row in layers if row["kind"] == "experts")
+    row = layer_of(changed(MOE, tmp_path, **change), "experts")
     assert row["provider"] == provider and words in row["reason"]
 
 
@@ -254,12 +258,8 @@ def test_doctor_says_which_experts_flashinfer_serves(packages, monkeypatch, tmp_
     monkeypatch.setattr(machine, "find_device", lambda kind: machine.Device("cuda", "NVIDIA B200", 180 << 30, (10, 0)))
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__PROVIDER", "cutedsl")
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__ACTIVATIONS", activations)
-    model = tmp_path / "model"
-    shutil.copytree(MOE, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, **change}))
-    layers = json.loads(run("doctor", "--json", "--model", model).stdout)["model"]["layers"]
-    row = next(row for row in layers if row["kind"] == "experts")
+    model = changed(MOE, tmp_path, **change)
+    row = layer_of(model, "experts")
     assert row["provider"] == provider and words in row["reason"]
     monkeypatch.setattr(blackwell, "missing", lambda: "no package flashinfer")
     assert "no package flashinfer" in run("doctor", "--json", "--model", model).stdout

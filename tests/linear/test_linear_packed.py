@@ -130,7 +130,7 @@ def test_prepare_has_every_kernel_and_list(monkeypatch, lists):
         cuda.kernels, "prepare", lambda family, needed, architecture: asked.append((family, list(needed), architecture)) or 5
     )
     monkeypatch.setattr(cuda.kernels, "device_architecture", lambda index, allowed: allowed[0])
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda index: 132)
+    monkeypatch.setattr(cuda.moe, "multiprocessors_of", lambda index: 132)
     assert cuda.prepare.__wrapped__(5120, 2048, torch.float16, device, 700) == 5
     ((family, needed, architecture),) = asked
     assert (family, architecture) == ("moe_gemm", "sm_90a") and {v.tokens for v in needed} == {"float16"}
@@ -207,7 +207,7 @@ def kernel(monkeypatch, lists):
         return launch
 
     monkeypatch.setattr(cuda, "_gemm", gemm)
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda.moe, "multiprocessors_of", lambda device: 132)
     cuda._call.cache_clear()
     yield found
     cuda._call.cache_clear()

@@ -23,7 +23,7 @@ def allocated(monkeypatch):
     """``cuda.prepare`` for a GPU of 78 multiprocessors; nothing is compiled. Bytes asked of the arena."""
     sizes: list[int] = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=78))
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 78)
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 78)
     monkeypatch.setattr(cuda.kernels, "device_architecture", lambda *_: "sm_90a")
     monkeypatch.setattr(cuda.kernels, "prepare", lambda *_: 0)
     monkeypatch.setattr(cuda, "variants", lambda *_: ())

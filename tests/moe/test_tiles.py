@@ -166,7 +166,7 @@ def test_what_is_compiled_ahead_is_what_calls_launch(problem, monkeypatch):
     def gemm(device, problem, use, shape, tokens, pairs, ids):
         return Variant(**cuda.variant_fields(problem, use, shape, tokens, pairs, ids))
 
-    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 132)
     monkeypatch.setattr(cuda, "_gemm", gemm)
     launched = set()
     for tokens in range(1, 4097):
