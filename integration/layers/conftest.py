@@ -31,3 +31,15 @@ def vllm_config():
         yield config
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Lines of this package's loggers in vLLM."""
+    from moe_backend_plugin.engines.vllm import configs, linear_cuda, moe_cuda
+
+    lines: list[str] = []
+    for level in ("info_once", "warning_once"):
+        for module in (configs, linear_cuda, moe_cuda):
+            monkeypatch.setattr(module.logger, level, lambda text, *values, **_: lines.append(text % values))
+    return lines

@@ -65,18 +65,6 @@ def kernels(vllm_config, monkeypatch):
     linear_cuda.prepare.cache_clear()
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """Lines of this package's loggers in vLLM."""
-    from moe_backend_plugin.engines.vllm import configs, linear_cuda
-
-    lines: list[str] = []
-    for level in ("info_once", "warning_once"):
-        for module in (configs, linear_cuda):
-            monkeypatch.setattr(module.logger, level, lambda text, *values, **_: lines.append(text % values))
-    return lines
-
-
 def build(which: str, scheme: dict = SCHEME, bias: bool = False):
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
     from vllm.utils.torch_utils import set_default_torch_dtype

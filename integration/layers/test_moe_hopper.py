@@ -48,18 +48,6 @@ def kernels(vllm_config, monkeypatch):
     return found
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """Lines of this package's loggers in vLLM."""
-    from moe_backend_plugin.engines.vllm import configs, moe_cuda
-
-    lines: list[str] = []
-    for level in ("info_once", "warning_once"):
-        for module in (configs, moe_cuda):
-            monkeypatch.setattr(module.logger, level, lambda text, *values, **_: lines.append(text % values))
-    return lines
-
-
 def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same numbers in compressed-tensors' names and convention."""
     found = {}
