@@ -1,6 +1,6 @@
 """On a GPU: minutes of mixed load on pycoder-next through this package's GDN kernels, with aborts, and no answer changed.
 
-    python integration/gpu/gdn_load.py [--minutes 8] [--clients 256] [--drafts 0] [--provider cutedsl] [--out FILE]
+    python integration/gpu/gdn_load.py [--minutes 8] [--clients 256] [--drafts 0] [--state-dtype float32] [--provider cutedsl]
 
 mixed_load.py says what is asked and compared; here prompts resume from copied states.  Exits 1 on an error or a changed answer.
 ``--provider engine`` is the control: the same load on vLLM's own kernels.
@@ -18,13 +18,18 @@ MODEL = MODELS / "pycoder-next-nvfp4"
 def main() -> None:
     options = parser(__doc__, "gdn_load_h200.json", "gdn_load.log")
     options.add_argument("--drafts", type=int, default=0)
+    options.add_argument("--state-dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--provider", choices=["cutedsl", "engine"], default="cutedsl")
     arguments = options.parse_args()
-    further = []
+    further = ["--mamba-ssm-cache-dtype", arguments.state_dtype]
     if arguments.drafts:
         speculation = {"method": "ngram", "num_speculative_tokens": arguments.drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-        further = ["--speculative-config", json.dumps(speculation)]
-    cell = {"provider": "plugin" if arguments.provider == "cutedsl" else "vllm", "drafts": arguments.drafts}
+        further += ["--speculative-config", json.dumps(speculation)]
+    cell = {
+        "provider": "plugin" if arguments.provider == "cutedsl" else "vllm",
+        "drafts": arguments.drafts,
+        "state_dtype": arguments.state_dtype,
+    }
     settings = {"gdn": {"provider": arguments.provider}}
     measure(arguments, MODEL, cell, settings, further, "python integration/gpu/gdn_load.py", "gdn_decode")
 

@@ -1,8 +1,9 @@
 """Minutes of mixed load on a server, with aborts, and no answer changed: shared by gdn_load.py, moe_load.py and sglang_load.py.
 
-128 prompts of 16 to 800 tokens are first answered one at a time.  Then every client asks for them in random order: one request in five
-is given up in mid-stream, every other answer must be the one from the start, or part from it where two tokens were all but tied
-(bfloat16 sums depend on the batch).  Prefix caching is on, so prompts resume from what earlier requests left.
+128 prompts of 16 to 800 tokens are first answered one at a time, and a second time from what the first left in the prefix cache.  Then
+every client asks for them in random order: one request in five is given up in mid-stream, every other answer must be one of the two from
+the start, or part from it where two tokens were all but tied (bfloat16 sums depend on the batch).  What resuming from the cache alone
+changes is counted apart: an engine rounds the states that it keeps there, whoever computes them.
 """
 
 from __future__ import annotations
@@ -131,28 +132,46 @@ class OpenAI:
         await stream.close()
 
 
+def parting(alone: Answer, answer: Answer) -> tuple[int, float] | None:
+    """The first position whose token differs, and by how much the answer given alone preferred its own there; None if all are equal."""
+    for position, (a, b) in enumerate(zip(alone.tokens, answer.tokens, strict=True)):
+        if a != b:
+            return position, alone.tops[position][a] - alone.tops[position].get(b, float("-inf"))
+    return None
+
+
 class Load:
-    """The requests and what became of them."""
+    """The requests and what became of them; ``alone``: the answers to each prompt without company, first and resumed."""
 
     def __init__(self, client: Client, prompts: list[list[int]], lengths: list[int]) -> None:
         self.client, self.prompts, self.lengths = client, prompts, lengths
-        self.alone: list[Answer] = []
+        self.alone: list[list[Answer]] = [[] for _ in prompts]
         self.done = self.tokens = self.aborted = self.equal = self.cached = 0
         self.ties: list[tuple[int, int, float]] = []
         self.wrong: list[tuple[int, int, float]] = []
         self.errors: list[str] = []
 
     async def one(self, i: int) -> None:
-        answer, alone = await self.client.answer(self.prompts[i], self.lengths[i]), self.alone[i]
+        answer = await self.client.answer(self.prompts[i], self.lengths[i])
         self.done += 1
         self.tokens += len(answer.tokens)
         self.cached += answer.cached
-        for position, (a, b) in enumerate(zip(alone.tokens, answer.tokens, strict=True)):
-            if a != b:
-                gap = alone.tops[position][a] - alone.tops[position].get(b, float("-inf"))
-                (self.ties if gap < NOISE else self.wrong).append((i, position, gap))
-                return
-        self.equal += 1
+        partings = [parting(alone, answer) for alone in self.alone[i]]
+        if None in partings:
+            self.equal += 1
+            return
+        position, gap = min(partings, key=lambda found: found[1])
+        (self.ties if gap < NOISE else self.wrong).append((i, position, gap))
+
+    async def ask_alone(self) -> None:
+        """Every prompt once more, one at a time."""
+        for alone, prompt, length in zip(self.alone, self.prompts, self.lengths, strict=True):
+            alone.append(await self.client.answer(prompt, length))
+
+    @property
+    def changed_by_cache(self) -> int:
+        """Prompts whose second answer without company is not the first, beyond a tie."""
+        return sum(found is not None and found[1] >= NOISE for found in (parting(*alone[:2]) for alone in self.alone))
 
     async def abort(self, i: int, after: int) -> None:
         await self.client.give_up(self.prompts[i], self.lengths[i], after)
@@ -169,7 +188,7 @@ class Load:
 
 
 async def run(model: Path, minutes: float, clients: int, connect: Callable[[], AbstractAsyncContextManager[Client]]) -> Load:
-    """The prompts alone, then all clients for so many minutes."""
+    """The prompts alone, twice, then all clients for so many minutes."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
     dice = random.Random(0)
@@ -178,8 +197,8 @@ async def run(model: Path, minutes: float, clients: int, connect: Callable[[], A
     lengths = [dice.randrange(16, 160) for _ in prompts]
     async with connect() as client:
         load = Load(client, prompts, lengths)
-        for prompt, length in zip(prompts, lengths, strict=True):
-            load.alone.append(await client.answer(prompt, length))
+        for _ in range(2):
+            await load.ask_alone()
         until = time.monotonic() + 60 * minutes
         await asyncio.gather(*(load.worker(seed, until) for seed in range(clients)))
     return load
@@ -224,6 +243,7 @@ def record(
             "equal": load.equal,
             "parted_at_a_tie": len(load.ties),
             "changed": len(load.wrong),
+            "prompts_changed_by_cache_alone": load.changed_by_cache,
             "aborted": load.aborted,
             "errors": len(load.errors),
             **({"cached_tokens": load.cached} if cached else {}),

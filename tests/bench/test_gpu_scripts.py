@@ -49,7 +49,7 @@ def test_a_changed_answer_is_told_from_a_tie(scripts):
         Answer([5, 6, 7], [], cached=2), Answer([9, 1, 1], [], cached=3), Answer([5, 8, 1], []), Answer([5, 6, 1], []), OSError("reset")
     )
     load = scripts.load.Load(client, [[1, 2]], [3])
-    load.alone = [alone]
+    load.alone = [[alone]]
 
     async def ask():
         for _ in range(4):
@@ -65,9 +65,28 @@ def test_a_changed_answer_is_told_from_a_tie(scripts):
     assert client.aborted == [([1, 2], 2)]
 
 
+def test_an_answer_may_be_the_one_that_resumed_from_the_cache(scripts):
+    """What the prefix cache changes without company is counted for itself, and is no change under load."""
+    Answer = scripts.load.Answer
+    first = Answer([5, 6], [{5: -0.1, 9: -2.0}, {6: -0.1}])
+    resumed = Answer([9, 7], [{9: -0.4, 5: -1.2}, {7: -0.1, 8: -0.15}])
+    asked = [first, first, resumed, first, resumed, Answer([9, 8], []), Answer([4, 4], [])]
+    load = scripts.load.Load(Recorded(*asked), [[1], [2]], [2, 2])
+
+    async def ask():
+        for _ in range(2):
+            await load.ask_alone()
+        for _ in range(3):
+            await load.one(0)
+
+    asyncio.run(ask())
+    assert load.alone == [[first, resumed], [first, first]] and load.changed_by_cache == 1
+    assert (load.equal, [entry[1] for entry in load.ties], [entry[1] for entry in load.wrong]) == (1, [1], [0])
+
+
 def test_workers_note_errors_and_go_on(scripts):
     load = scripts.load.Load(Recorded(*[OSError("reset")] * 1000), [[1]], [4])
-    load.alone = [None]
+    load.alone = [[]]
 
     async def work():
         import time
