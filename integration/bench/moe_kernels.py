@@ -3,6 +3,10 @@
     python integration/bench/moe_kernels.py --model qwen3-30b-a3b --tokens 1,8,64 --variants "tile_tokens=8,k_groups=4,stages=10;..."
 
 Prints, for each, microseconds, TB/s of packed weights (active experts once), TFLOP/s, and the relative error against float32.
+
+With ``--experts 16 --warm`` the layer has fewer experts, whose weights fit in the L2 cache, and every variant is timed twice: with weights
+of its own a launch that come from memory, and with one set that the launch before left in the cache. What does not shrink there is not
+bound by memory. An H200 has 60 MB of cache in two halves: try fewer experts too. Fewer tokens in proportion keep the tokens an expert.
 """
 
 from __future__ import annotations
@@ -24,6 +28,12 @@ from moe_backend_plugin.moe.route import route_reference
 from moe_backend_plugin.nvfp4 import hopper
 
 PROBLEMS = {name: model.problem for name, model in MODELS.items()} | {"tiny": MoEProblem(6, 6, 272, 144, 3)}
+
+
+def problem_of(model: str, experts: int | None) -> MoEProblem:
+    """The model's layer, with fewer experts if asked."""
+    problem = PROBLEMS[model]
+    return dataclasses.replace(problem, num_experts=experts, num_local_experts=experts) if experts else problem
 
 
 def routing(problem: MoEProblem, tokens: int, tile: int, device: str) -> dict[str, torch.Tensor | int]:
@@ -65,8 +75,8 @@ def ablate(what: str) -> None:
 
 
 class Case:
-    def __init__(self, model: str, device: str = "cuda") -> None:
-        self.problem = p = PROBLEMS[model]
+    def __init__(self, model: str, experts: int | None = None, sets: int = 1, device: str = "cuda") -> None:
+        self.problem = p = problem_of(model, experts)
         self.hidden, self.width, self.top_k = p.hidden, p.intermediate, p.top_k
         self.device = device
         self.padded = -(-self.width // 64) * 64
@@ -75,6 +85,8 @@ class Case:
             "gate_up": hopper.pack(checkpoint.w13, checkpoint.w13_scale, gated=True),
             "down": hopper.pack(checkpoint.w2, checkpoint.w2_scale, gated=False),
         }
+        # Launches with weights of their own; where there are many experts, one launch drives the last one's out of the cache.
+        self.sets = {use: [packed, *(packed.clone() for _ in range(sets - 1))] for use, packed in self.packed.items()}
         self.scale_2 = {"gate_up": checkpoint.w13_scale_2, "down": checkpoint.w2_scale_2[:, None]}
         self.clock = Clock(torch.device(device))
 
@@ -87,7 +99,7 @@ class Case:
         rows, columns = (2 * self.width, self.hidden) if use == "gate_up" else (self.hidden, self.width)
         return hopper.dequantise(packed, rows, columns, use == "gate_up")[0]
 
-    def run(self, variant: Variant, tokens: int, check: bool, sms: int) -> str:
+    def run(self, variant: Variant, tokens: int, check: bool, sms: int, warm: bool = False) -> str:
         use = variant.use
         lists = self.lists(tokens, variant.tile_tokens)
         pairs = tokens * self.top_k
@@ -100,10 +112,12 @@ class Case:
         router = torch.rand(pairs, device=self.device)
         kernel = kernels.load("moe_gemm", variant, "sm_90a")
 
+        sets = self.sets[use][:1] if warm else self.sets[use]
+
         def launch(i: int) -> None:
             r = lists[i]
             kernel(
-                *(inputs[i % len(inputs)], self.packed[use], self.scale_2[use], router if variant.weighted else None),
+                *(inputs[i % len(inputs)], sets[i % len(sets)], self.scale_2[use], router if variant.weighted else None),
                 *(r["order"], r["tiles"], r["counts"], None, None, None, out, self.top_k, 1.0, 0.0, float("inf"), sms),
             )
 
@@ -112,7 +126,7 @@ class Case:
             launch(0)
             torch.cuda.synchronize()
             error = f"{self.error(variant, lists[0], inputs[0], router, out):.2e}"
-        us = self.clock.time(launch)
+        us = self.clock.time(launch, cold=not warm)
         weights = sum(r["active"] for r in lists[:LAUNCHES]) / LAUNCHES * self.packed[use][0].numel()
         flops = sum(r["pairs"] for r in lists[:LAUNCHES]) / LAUNCHES * 2 * self.hidden * self.width * (2 if use == "gate_up" else 1)
         return f"{us:8.1f} us {weights / us / 1e6:6.2f} TB/s {flops / us / 1e6:7.1f} TFLOP/s  {error}"
@@ -144,6 +158,8 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--ablate", default="", help="dequantise, product, fence: leave these out")
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--experts", type=int, help="instead of the model's")
+    parser.add_argument("--warm", action="store_true", help="also time with weights in the L2 cache")
     arguments = parser.parse_args()
     if arguments.ablate:
         ablate(arguments.ablate)
@@ -162,11 +178,13 @@ def main() -> None:
         return
     torch.backends.cuda.matmul.allow_tf32 = False
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    case = Case(arguments.model)
+    case = Case(arguments.model, arguments.experts, LAUNCHES + 1 if arguments.warm else 1)
     for tokens in map(int, arguments.tokens.split(",")):
         for fields, variant in runs:
-            said = case.run(variant, tokens, not arguments.no_check, sms * fields.get("blocks", 1))
-            print(f"{variant.use:8s} M {tokens:5d} {said}  {fields} {arguments.ablate}".replace("'", ""), flush=True)
+            for warm in (False, True) if arguments.warm else (False,):
+                said = case.run(variant, tokens, not arguments.no_check, sms * fields.get("blocks", 1), warm)
+                cache = " warm" if warm else ""
+                print(f"{variant.use:8s} M {tokens:5d} {said}  {fields} {arguments.ablate}{cache}".replace("'", ""), flush=True)
 
 
 if __name__ == "__main__":

