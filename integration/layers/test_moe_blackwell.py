@@ -15,7 +15,9 @@ import torch
 from moe_backend_plugin.config import load_config
 from moe_backend_plugin.device import Choice
 from moe_backend_plugin.errors import UnsupportedLayerError
-from moe_backend_plugin.moe import blackwell, kernel_check, reference
+from moe_backend_plugin.kernels import compile as kernels
+from moe_backend_plugin.moe import blackwell, kernel_check, reference, tactic_cache, tactics, workspace
+from moe_backend_plugin.moe.tactic_cache import Kind
 from moe_backend_plugin.nvfp4 import blackwell as layout
 
 from . import test_moe_layer as plain
@@ -25,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "moe"))
 from flashinfer_emulation import Emulation  # noqa: E402
 
 HIDDEN, WIDTH = 256, 64
+KIND = Kind("NVIDIA B200", 148, "580.1", (10, 0))
 
 
 @pytest.fixture
-def emulation(vllm_config, monkeypatch):
+def emulation(vllm_config, monkeypatch, tmp_path):
     """vLLM on its CPU build, as if it were a Blackwell GPU with an emulation of FlashInfer's kernels."""
     from moe_backend_plugin.engines.vllm import configs, moe_blackwell, moe_cuda
 
@@ -45,7 +48,14 @@ def emulation(vllm_config, monkeypatch):
     monkeypatch.setattr(configs, "_handed_over", set())
     monkeypatch.setattr(moe_cuda, "current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(moe_blackwell, "most_tokens", lambda moe: 64)
+    monkeypatch.setattr(Kind, "of", classmethod(lambda cls, device: KIND))
+    monkeypatch.setenv(kernels.CACHE_VARIABLE, str(tmp_path / "kernels"))
+    monkeypatch.setattr(kernels, "_folder", "")
+    monkeypatch.setattr(tactics, "_tables", {})
+    monkeypatch.setattr(tactics, "_mode", "cache")
+    moe_blackwell.prepare.cache_clear()
     yield found
+    moe_blackwell.prepare.cache_clear()
     kernel_check._wrong.cache_clear()
 
 
@@ -120,6 +130,63 @@ def test_experts_that_one_alpha_cannot_hold_are_refused_by_name(vllm_config, emu
 def test_a_server_with_wrong_kernels_does_not_start(vllm_config, emulation, wrong):
     emulation.wrong = wrong
     with pytest.raises(UnsupportedLayerError, match=r"mlp.experts: found FlashInfer's kernel s128.*wrong: relative error"):
+        build(vllm_config)
+
+
+def tune(problem, tactic: str) -> None:
+    """As ``moe-backend tune`` leaves it for calls of up to 64 tokens."""
+    bucket = {"first": 1, "tactic": tactic, "struck": {}}
+    tactic_cache.write_bucket(tactic_cache.path_of(KIND), problem, torch.bfloat16, KIND, 64, bucket)
+
+
+def ran(emulation) -> str:
+    """The tactic of the last call."""
+    first, second = ([kwargs for name, _, kwargs in emulation.calls if name == stage][-1] for stage in ("first", "second"))
+    tile, columns = second["mma_tiler_mn"]
+    found = (tile, first["mma_tiler_mn"][1], columns, second["cluster_shape_mn"][1], not second["use_fused_finalize"])
+    return blackwell.Tactic(*found).name
+
+
+def test_a_server_runs_what_was_tuned(vllm_config, emulation):
+    """Read when the first layer is made, checked against the reference, and run; a call changes neither arena nor choice."""
+    from moe_backend_plugin.engines.vllm import moe_blackwell
+
+    problem = build(vllm_config).routed_experts.quant_method.problem
+    assert tactics.tuned(problem, 17, torch.bfloat16) is None
+    tune(problem, "s256.128.256x2o")
+    moe_blackwell.prepare.cache_clear()  # another process
+    emulation.calls.clear()
+    runner = build(vllm_config, renormalize=True)
+    assert emulation.calls and ran(emulation) == "s256.128.256x2o", "what will run is what is checked"
+    held = workspace.Arena.get(torch.device("cpu"), 0, workspace.EVERY_STREAM).bytes
+    tensors = same_scale(experts()[0])
+    out = run(vllm_config, runner, tensors, *inputs()).float()
+    rounded, _ = right(tensors, runner)
+    assert ran(emulation) == "s256.128.256x2o" and float((out - rounded).norm() / rounded.norm()) < 0.03
+    assert workspace.Arena.get(torch.device("cpu"), 0, workspace.EVERY_STREAM).bytes == held
+
+
+def test_a_server_told_to_use_the_heuristic_does(vllm_config, emulation, monkeypatch):
+    from moe_backend_plugin.engines.vllm import moe_blackwell
+
+    problem = build(vllm_config).routed_experts.quant_method.problem
+    tune(problem, "s256.128.256x2o")
+    monkeypatch.setattr(moe_blackwell, "plugin_config", lambda: load_config({"moe": {"tactics": "heuristic"}}))
+    moe_blackwell.prepare.cache_clear()
+    run(vllm_config, build(vllm_config), same_scale(experts()[0]), *inputs())
+    assert ran(emulation) == "s128.128.128x1"
+
+
+def test_a_server_whose_tuned_kernels_are_wrong_does_not_start(vllm_config, emulation, monkeypatch):
+    from moe_backend_plugin.engines.vllm import moe_blackwell
+
+    problem = build(vllm_config).routed_experts.quant_method.problem
+    tune(problem, "s128.128.128x1o")
+    moe_blackwell.prepare.cache_clear()
+    library = blackwell.library()._replace(combine=lambda **arguments: arguments["output"].zero_())
+    monkeypatch.setattr(blackwell, "library", lambda: library)
+    message = r"mlp.experts: found FlashInfer's kernel s128.128.128x1o .*wrong: relative error .*moe.tactics: heuristic"
+    with pytest.raises(UnsupportedLayerError, match=message):
         build(vllm_config)
 
 

@@ -12,44 +12,97 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..moe import balanced, cuda, reference, route, workspace
+from ..moe import balanced, blackwell, cuda, kernel_check, reference, route, workspace
+from ..moe.families import Tactic
 from ..moe.problem import MoEProblem
-from ..moe.tiles import Choice
 from ..moe.tuner import Conditions
 from .moe import RESERVE, random_checkpoint
 from .shared import expert_map
 from .timing import LAUNCHES, REPLAYS, Clock, capture
 
 ROWS_COMPARED = 1024
-"""Rows of the output that the reference computes; whether all are finite, and repeat bit for bit, is looked at on all of them."""
+"""Rows of the output that the reference computes; whether all are finite, and repeat bit for bit where the tactic can, is looked at on
+all of them."""
 LONG, FEW_REPLAYS = 2048, 6
 """Calls above so many tokens are timed with two launches and fewer replays."""
 
 
 class Layer:
-    """A layer with random weights, some sets of them; ``first``: the rank's first expert.
+    """A layer with random weights, some sets of them, on the Hopper kernels; ``first``: the rank's first expert.
 
     Makes every kernel that ``found`` (tactics) can launch, and the arena. Raises RuntimeError where the kernels cannot serve it.
     """
 
     def __init__(
-        self, problem: MoEProblem, dtype: torch.dtype, first: int, device: torch.device, max_tokens: int, found: Sequence[Choice]
+        self, problem: MoEProblem, dtype: torch.dtype, first: int, device: torch.device, max_tokens: int, found: Sequence[Tactic]
     ) -> None:
-        if reason := cuda.unsupported_reason(problem, dtype):
+        if reason := self._unsupported_reason(problem, dtype):
             raise RuntimeError(reason)
         self.problem, self.dtype, self.first, self.device = problem, dtype, first, device
         self.clock = Clock(device)
         self.expert_map = expert_map(problem, device, first)
-        self.compiled = cuda.prepare_tactics(problem, dtype, found, device, max_tokens, cuda.Ids(mapped=self.expert_map is not None))
+        self._prepare(max_tokens, found)
         self.checkpoint = random_checkpoint(problem, device)
-        packed = cuda.pack(problem, *self.checkpoint)
+        packed = self._pack()
         size = packed.w13.numel() + packed.w2.numel()
         copies = max(1, min(LAUNCHES + 1, (torch.cuda.mem_get_info(device)[0] - RESERVE) // size))
-        self.sets = [packed, *(cuda.Weights(*(part.clone() for part in packed)) for _ in range(copies - 1))]
+        self.sets = [packed, *(type(packed)(*(part.clone() for part in packed)) for _ in range(copies - 1))]
+
+    def _unsupported_reason(self, problem: MoEProblem, dtype: torch.dtype) -> str | None:
+        return cuda.unsupported_reason(problem, dtype)
+
+    def _prepare(self, max_tokens: int, found: Sequence[Tactic]) -> None:
+        ids = cuda.Ids(mapped=self.expert_map is not None)
+        cuda.prepare_tactics(self.problem, self.dtype, found, self.device, max_tokens, ids)
+
+    def _pack(self) -> cuda.Weights | blackwell.Weights:
+        """The checkpoint as the kernels read it."""
+        return cuda.pack(self.problem, *self.checkpoint)
+
+    def launch(self, number: int, x: Tensor, router: Tensor, ids: Tensor, out: Tensor, tactic: Tactic) -> None:
+        """One call with weights number ``number``; ``x`` and ``out`` [M, H], ``router`` and ``ids`` [M, k]."""
+        cuda.fused_moe(x, self.sets[number], router, ids, self.problem, out, expert_map=self.expert_map, choice=tactic)
+
+    def right(self, x: Tensor, router: Tensor, ids: Tensor) -> Tensor:
+        """The right output of such a call, float32 [M, H]."""
+        return reference.fused_moe(x, *self.checkpoint, router, ids, self.problem, self.expert_map).float()
+
+    def workspace_bytes(self, tokens: int, tactic: Tactic) -> int:
+        """Memory between the kernels of a call."""
+        call = workspace.Call(tactic.tile_tokens, y=self.dtype)
+        return workspace.plan(self.problem, tokens, call, self.dtype, route.scratch_ints).bytes
 
     def case(self, conditions: Conditions) -> LayerCase:
         """The inputs of one bucket."""
         return LayerCase(self, conditions)
+
+
+class BlackwellLayer(Layer):
+    """The same on FlashInfer's kernels, with static activation scales. It has not run on a Blackwell GPU.
+
+    FlashInfer compiles a tactic's kernels at its first launch, which is the one that is compared, never one that is timed.
+    """
+
+    def _unsupported_reason(self, problem: MoEProblem, dtype: torch.dtype) -> str | None:
+        return blackwell.unsupported_reason(problem, dtype)
+
+    def _prepare(self, max_tokens: int, found: Sequence[Tactic]) -> None:
+        blackwell.prepare(self.problem, self.dtype, self.device, max_tokens, "static")
+        self.input_scales = kernel_check.input_scales(self.problem, self.device)
+
+    def _pack(self) -> blackwell.Weights:
+        return blackwell.pack(self.problem, *self.checkpoint, *self.input_scales)
+
+    def launch(self, number: int, x: Tensor, router: Tensor, ids: Tensor, out: Tensor, tactic: Tactic) -> None:
+        blackwell.fused_moe(x, self.sets[number], router, ids, self.problem, out, tactic=tactic, first=self.first)
+
+    def right(self, x: Tensor, router: Tensor, ids: Tensor) -> Tensor:
+        # The kernels round the first projection's sums to NVFP4 as they are, so nothing is rounded to 16 bits in between.
+        arguments = (x.float(), *self.checkpoint, router, ids, self.problem, self.expert_map)
+        return reference.fused_moe(*arguments, *self.input_scales)
+
+    def workspace_bytes(self, tokens: int, tactic: Tactic) -> int:
+        return blackwell.plan(self.problem, tokens, tactic, "static", self.dtype).bytes
 
 
 class LayerCase:
@@ -67,28 +120,22 @@ class LayerCase:
             self.weights.append(weights.to(device))
             self.ids.append(ids.to(device))
         self.out = torch.empty_like(self.x[0])
-        self._graph: tuple[Choice, torch.cuda.CUDAGraph] | None = None
+        self._graph: tuple[Tactic, torch.cuda.CUDAGraph] | None = None
 
-    def time(self, tactic: Choice, conditions: Conditions) -> float:
+    def time(self, tactic: Tactic, conditions: Conditions) -> float:
         """Microseconds of one call. A tactic that is not preallocated takes its workspace anew, by hand, within the time."""
         launch = partial(self._launch, tactic, conditions.cold_l2)
         replays = FEW_REPLAYS if self.tokens > LONG else REPLAYS
         if conditions.preallocated:
             return self.layer.clock.time(launch, (), self.launches, replays=replays, cold=conditions.cold_l2)
-        call = workspace.Call(tactic.tile_tokens, y=self.layer.dtype)
-        size = workspace.plan(self.layer.problem, self.tokens, call, self.layer.dtype, route.scratch_ints).bytes
+        size = self.layer.workspace_bytes(self.tokens, tactic)
         return self._eager(lambda i: (torch.zeros(size, dtype=torch.uint8, device=self.layer.device), launch(i)), replays)
 
-    def _launch(self, tactic: Choice, cold: bool, i: int) -> None:
-        layer = self.layer
+    def _launch(self, tactic: Tactic, cold: bool, i: int) -> None:
         # The launch before the timed ones takes the first set; where the cache is to be warm, so do all.
-        number = (i + 1) % (self.launches + 1) % len(layer.sets) if cold else 0
+        number = (i + 1) % (self.launches + 1) % len(self.layer.sets) if cold else 0
         i = i if cold else 0
-        cuda.fused_moe(
-            *(self.x[i], layer.sets[number], self.weights[i], self.ids[i], layer.problem, self.out),
-            expert_map=layer.expert_map,
-            choice=tactic,
-        )
+        self.layer.launch(number, self.x[i], self.weights[i], self.ids[i], self.out, tactic)
 
     def _eager(self, launch: Callable[[int], object], replays: int) -> float:
         """The median without a graph, as a tuner that allocates has to time."""
@@ -102,7 +149,7 @@ class LayerCase:
             times.append(begin.elapsed_time(end) * 1e3)
         return sorted(times)[len(times) // 2]
 
-    def replay(self, tactic: Choice) -> Tensor:
+    def replay(self, tactic: Tactic) -> Tensor:
         """The output [M, H] of a graph of one call, replayed into memory full of NaN; the next replay overwrites it."""
         if self._graph is None or self._graph[0] != tactic:
             self._graph = None
@@ -115,7 +162,6 @@ class LayerCase:
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """(int64 rows, their right output in float32) of the call that :meth:`replay` makes."""
-        layer, count, i = self.layer, min(ROWS_COMPARED, self.tokens), self.launches
-        rows = torch.arange(count, device=layer.device) * self.tokens // count
-        x, weights, ids = (part[i][rows] for part in (self.x, self.weights, self.ids))
-        return rows, reference.fused_moe(x, *layer.checkpoint, weights, ids, layer.problem, layer.expert_map).float()
+        count, i = min(ROWS_COMPARED, self.tokens), self.launches
+        rows = torch.arange(count, device=self.layer.device) * self.tokens // count
+        return rows, self.layer.right(*(part[i][rows] for part in (self.x, self.weights, self.ids)))

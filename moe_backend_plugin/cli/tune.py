@@ -15,13 +15,20 @@ import typer
 from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, check_files, check_gpu, command, model_folder, print_table
 
 if TYPE_CHECKING:
+    from moe_backend_plugin.moe.families import Family, Tactic
     from moe_backend_plugin.moe.problem import MoEProblem
     from moe_backend_plugin.moe.tactic_cache import Kind
     from moe_backend_plugin.moe.tuner import Case, Conditions
 
 BIASES = ("unequal-allocations", "capped", "random-inputs", "warm-l2")
 CAP = 8192
-HOPPER = "a machine with an NVIDIA GPU of compute capability 9.0 (H100, H200) and torch built for CUDA"
+GPUS = (
+    "a machine with an NVIDIA GPU of compute capability 9.0 (H100, H200), or 10.0 or 10.3 with FlashInfer (B200, B300), and torch built "
+    "for CUDA"
+)
+UNTRIED = (
+    "note: tuning FlashInfer's kernels has never run on a Blackwell GPU; every tactic is checked against the reference before it is timed"
+)
 
 
 class Machine(NamedTuple):
@@ -39,7 +46,7 @@ def tune(
     ep: Annotated[int, typer.Option(min=1, help="Ranks that share out the experts; one of them is tuned here.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Which of these ranks, from 0.")] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Ranks that each hold a part of every expert.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Type of the tokens: bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Type of the tokens: bfloat16, or on Hopper float16.")] = "bfloat16",
     force: Annotated[str | None, typer.Option(metavar="TACTIC", help="Check this tactic and make it win every bucket.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out the buckets that the file has.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs, and of the order in which tactics are timed.")] = 0,
@@ -47,14 +54,18 @@ def tune(
     report: Annotated[Path | None, typer.Option(metavar="PLOT", help="Picture to write (.png, .svg, .pdf).")] = None,
     out: Annotated[Path | None, typer.Option(help="Cache file. Default: this device's, in the folder of the compiled kernels.")] = None,
 ) -> None:
-    """Tune the expert kernels for a model on this GPU; servers on such a device then use what was found."""
+    """Tune the expert kernels for a model on this GPU; servers on such a device then use what was found.
+
+    On Hopper (H100, H200) these are this package's kernels; on Blackwell (B200, B300) FlashInfer's, with NVFP4 activations, which has never
+    run on such a GPU.
+    """
     import torch
 
     from moe_backend_plugin.bench import tune_report
     from moe_backend_plugin.bench.stamp import slug
     from moe_backend_plugin.config import load_config
     from moe_backend_plugin.kernels import compile as kernels
-    from moe_backend_plugin.moe import buckets, tactic_cache, tactics, tuner
+    from moe_backend_plugin.moe import buckets, families, tactic_cache, tuner
 
     if dtype not in ("bfloat16", "float16"):
         raise InputError("--dtype", repr(dtype), "bfloat16, float16")
@@ -69,21 +80,23 @@ def tune(
     wanted = _sizes(sizes, max_tokens)
     forced = None
     if force is not None:
-        forced = tactics.parse(force)
-        if reason := tactics.validity(problem, forced):
+        family, forced = families.parse(force)
+        if reason := family.validity(problem, forced):
             raise InputError("--force", f"{force}: {reason}", "a tactic that the kernels can have")
 
     kernels.use_cache_folder(load_config().kernel_cache)
     tokens = getattr(torch, dtype)
     options = tuner.Options(seed=seed, biases=_biases(bias))
 
-    def edges_of(multiprocessors: int) -> list[int]:
-        return buckets.edges(problem, max_tokens, multiprocessors, wanted, options.biases.capped_at)
+    def edges_of(multiprocessors: int, family: Family = families.HOPPER) -> list[int]:
+        return buckets.edges(problem, max_tokens, multiprocessors, wanted, options.biases.capped_at, family)
 
     machine = _machine(problem, tokens, first, edges_of, forced)
+    family = machine.kind.family
+    problem = _served(problem, family)
     path = out or tactic_cache.path_of(machine.kind)
     tactic_cache.refuse_unwritable(path)
-    edges = edges_of(machine.kind.multiprocessors)
+    edges = edges_of(machine.kind.multiprocessors, family)
     before = tactic_cache.entry_of(path, problem, tokens, machine.kind) if resume else None
     held = set(before["buckets"]) if before else set()
     try:
@@ -95,6 +108,7 @@ def tune(
                 forced=forced,
                 skip=lambda last: str(last) in held,
                 progress=say,
+                family=family,
             ):
                 tactic_cache.write_bucket(path, problem, tokens, machine.kind, found.last, found.as_dict())
                 step()
@@ -169,33 +183,51 @@ def _biases(name: str | None) -> Any:
     return switches[name]
 
 
-def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[[int], list[int]], forced: Any) -> Machine:
-    """The GPU of this process, with every kernel that is to be timed compiled; ``edges_of`` gives the buckets by its multiprocessors.
+def _served(problem: MoEProblem, family: Family) -> MoEProblem:
+    """The problem as the family's kernels compute it, and as a server's layers on them have it."""
+    return replace(problem, activation_precision=family.activations)
 
-    Raises InputError where there is no GPU that the kernels run on.
+
+def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[..., list[int]], forced: Tactic | None) -> Machine:
+    """The GPU of this process, with every kernel that is to be timed compiled, or, of FlashInfer's, there to be compiled at its first
+    launch; ``edges_of`` gives the buckets by its multiprocessors and its family of tactics.
+
+    Raises InputError where there is no GPU that the kernels run on, or ``forced`` is of another family.
     """
     import torch
 
-    check_gpu("tune", HOPPER)
-    capability = torch.cuda.get_device_capability()
-    if capability[0] != 9:
-        raise InputError("tune", f"{torch.cuda.get_device_name()}, compute capability {'.'.join(map(str, capability))}", HOPPER)
-    from moe_backend_plugin.bench.tactics import Layer
-    from moe_backend_plugin.moe import cuda, tactics, tiles
+    from moe_backend_plugin.device import FLASHINFER
+
+    check_gpu("tune", GPUS)
+    capability, gpu = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    if capability[0] != 9 and capability not in FLASHINFER:
+        raise InputError("tune", f"{gpu}, compute capability {'.'.join(map(str, capability))}", GPUS)
+    from moe_backend_plugin.bench.tactics import BlackwellLayer, Layer
+    from moe_backend_plugin.moe import blackwell, cuda, families
     from moe_backend_plugin.moe.tactic_cache import Kind
 
-    if reason := cuda.unsupported_reason(problem, dtype):
-        raise InputError("MODEL", reason, "a layer that the kernels serve")
     device = torch.device("cuda", torch.cuda.current_device())
     kind = Kind.of(device.index)
-    edges = edges_of(kind.multiprocessors)
-    found = {tactic for edge in edges for tactic in tactics.candidates(problem, edge, kind.multiprocessors)}
+    family, kernels = kind.family, cuda
+    if family is families.BLACKWELL:
+        print(UNTRIED, file=sys.stderr, flush=True)
+        kernels = blackwell
+        if reason := blackwell.missing():
+            raise InputError("tune", reason, GPUS)
+    problem = _served(problem, family)
+    if reason := kernels.unsupported_reason(problem, dtype):
+        raise InputError("MODEL", reason, "a layer that the kernels serve")
+    edges = edges_of(kind.multiprocessors, family)
+    found = {tactic for edge in edges for tactic in family.candidates(problem, edge, kind.multiprocessors)}
     if forced is not None:
-        found = {forced, *(tiles.choose(problem, edge, kind.multiprocessors) for edge in edges)}
+        if not isinstance(forced, family.tactic):
+            raise InputError("--force", f"a tactic of other kernels than those of {gpu}", f"a tactic of {family.gpu}")
+        found = {forced, *(family.heuristic(problem, edge, kind.multiprocessors) for edge in edges)}
+    if family is families.BLACKWELL:
+        return Machine(kind, BlackwellLayer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
     # What is paired later (tactics.crossed) is made of the same kernels.
     print(f"compiling the kernels of {len(found)} tactics, which takes minutes the first time", file=sys.stderr, flush=True)
-    layer = Layer(problem, dtype, first, device, edges[-1], sorted(found, key=tactics.name))
-    return Machine(kind, layer.case)
+    return Machine(kind, Layer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
 
 
 @contextmanager

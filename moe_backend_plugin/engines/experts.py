@@ -1,4 +1,4 @@
-"""What every engine's adapter does before the first request of a model whose experts run on the Hopper kernels."""
+"""What every engine's adapter does before the first request of a model whose experts run on the GPU kernels."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ INDEX = torch.int32
 """The engines' routers give ids of this type."""
 
 
+def use(config: PluginConfig) -> None:
+    """The folder of compiled kernels and of tuned tactics, and whether these are looked at, from here on in this process."""
+    kernels.use_cache_folder(config.kernel_cache)
+    tactics.use(config.moe.tactics)
+
+
 def prepare(
     config: PluginConfig, problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_tokens: int, mapped: bool, say: Callable
 ) -> None:
-    """Compile or load every kernel that layers of this problem launch, and make the arena large enough; ``say(format, *values)`` logs."""
-    kernels.use_cache_folder(config.kernel_cache)
-    tactics.use(config.moe.tactics)
+    """For Hopper: compile or load every kernel that layers of this problem launch, and make the arena large enough.
+
+    ``say(format, *values)`` logs.
+    """
+    use(config)
     if compiled := cuda.prepare(problem, tokens, INDEX, device, max_tokens, mapped):
         say("Compiled %d NVFP4 MoE kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -25,7 +25,7 @@ from ..errors import PluginError
 from ..kernels.compile import name_of
 from ..nvfp4 import blackwell as layout
 from ..nvfp4.blackwell import ActivationScales
-from . import memset, workspace
+from . import memset, tactics, workspace
 from .problem import MoEProblem
 from .routing import local_ids
 from .tiles import mean_tokens
@@ -102,6 +102,20 @@ def choose(problem: MoEProblem, tokens: int) -> Tactic:
         return Tactic()
     wide = 256 if first_rows(problem) % 256 == 0 else 128
     return Tactic(256, wide, 256)
+
+
+def chosen(problem: MoEProblem, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Tactic:
+    """The tactic of a call of ``tokens`` tokens (1 or more): as tuned, else as :func:`choose` says. Reads no file."""
+    return tactics.tuned(problem, tokens, dtype) or choose(problem, tokens)
+
+
+def tactics_met(problem: MoEProblem, max_tokens: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Tactic]:
+    """Every tactic that calls of 1 .. ``max_tokens`` tokens can meet."""
+    # Between two of these counts the same bucket answers, or none; and the heuristic changes its mind but once, as experts fill.
+    ends = {1, max_tokens}
+    for bucket in tactics.tuned_buckets(problem, dtype):
+        ends |= {bucket.first - 1, bucket.first, bucket.last, bucket.last + 1}
+    yield from dict.fromkeys(chosen(problem, tokens, dtype) for tokens in sorted(ends) if 1 <= tokens <= max_tokens)
 
 
 def width(problem: MoEProblem) -> int:
@@ -315,12 +329,6 @@ def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_
     return workspace.Arena.get(device, largest(problem, max_tokens, scales, tokens).bytes, workspace.EVERY_STREAM).bytes
 
 
-def tactics_met(problem: MoEProblem, max_tokens: int) -> Iterator[Tactic]:
-    """Every tactic that calls of 1 .. ``max_tokens`` tokens can meet."""
-    steps = sorted({min(1 << i, max_tokens) for i in range(max_tokens.bit_length() + 1)})
-    yield from dict.fromkeys(choose(problem, tokens) for tokens in steps)
-
-
 def fused_moe(
     x: Tensor,
     weights: Weights,
@@ -338,14 +346,15 @@ def fused_moe(
     topk_weights: float32 [M, k]; topk_ids: int32 or int64 [M, k]; both contiguous. Ids that no local expert answers add nothing. This
     rank's experts follow one another from global id ``first``; or ``expert_map`` (integer [num_experts]: local expert or -1) says where
     they are, which takes some small launches more. Without an ordered tactic the sum over a token's experts is made in bf16 in the
-    order in which they finish: its last bits differ from call to call. ``flashinfer``: instead of the installed library.
+    order in which they finish: its last bits differ from call to call. ``tactic``: instead of what was tuned or the heuristic says;
+    ``flashinfer``: instead of the installed library.
     Raises RuntimeError if the arena would have to grow while a graph is captured: see :func:`prepare`.
     """
     tokens = x.shape[0]
     if tokens == 0:
         return
     fi = flashinfer or library()
-    tactic = tactic or choose(problem, tokens)
+    tactic = tactic or chosen(problem, tokens, x.dtype)
     scales = weights.activation_scales
     found = plan(problem, tokens, tactic, scales, x.dtype)
     memory = workspace.Arena.get(x.device, found.bytes, workspace.EVERY_STREAM).views(found)

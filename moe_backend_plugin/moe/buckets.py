@@ -8,18 +8,25 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..errors import PluginError
-from . import tiles
+from .families import HOPPER, Family
 from .problem import MoEProblem
 
 MOST_TOKENS = 131072
 
 
-def edges(problem: MoEProblem, max_tokens: int, multiprocessors: int, sizes: Iterable[int] = (), cap: int | None = None) -> list[int]:
+def edges(
+    problem: MoEProblem,
+    max_tokens: int,
+    multiprocessors: int,
+    sizes: Iterable[int] = (),
+    cap: int | None = None,
+    family: Family = HOPPER,
+) -> list[int]:
     """The token counts to tune, ascending, the last one ``max_tokens``.
 
     Every power of two up to it; ``sizes`` that calls are known to have (a server's graphs); and each count after which the heuristic
-    changes its choice, so that no bucket is coarser than the heuristic. ``cap`` is a known mistake of other tuners: nothing above it
-    is tuned, and larger calls run as if they had that many tokens (:func:`edge_of` with ``clamp``).
+    changes its choice (that of ``family``), so that no bucket is coarser than the heuristic. ``cap`` is a known mistake of other tuners:
+    nothing above it is tuned, and larger calls run as if they had that many tokens (:func:`edge_of` with ``clamp``).
     Raises PluginError (a ValueError) on counts outside 1 .. 131072, or a size above ``max_tokens``.
     """
     sizes = set(sizes)
@@ -29,14 +36,14 @@ def edges(problem: MoEProblem, max_tokens: int, multiprocessors: int, sizes: Ite
         raise PluginError("sizes", ", ".join(map(str, sorted(sizes))), f"1 to max_tokens = {max_tokens}")
     last = min(max_tokens, cap or max_tokens)
     powers = {1 << i for i in range(last.bit_length())}
-    changes = _changes(problem, last, multiprocessors)
+    changes = _changes(problem, last, multiprocessors, family)
     return sorted(tokens for tokens in powers | changes | sizes | {last} if tokens <= last)
 
 
 @lru_cache(64)
-def _changes(problem: MoEProblem, last: int, multiprocessors: int) -> frozenset[int]:
+def _changes(problem: MoEProblem, last: int, multiprocessors: int, family: Family) -> frozenset[int]:
     """After which counts the heuristic changes its choice."""
-    found = [tiles.choose.__wrapped__(problem, tokens, multiprocessors) for tokens in range(1, last + 1)]
+    found = [family.heuristic(problem, tokens, multiprocessors) for tokens in range(1, last + 1)]
     return frozenset(tokens for tokens, (one, next_) in enumerate(pairwise(found), 1) if one != next_)
 
 

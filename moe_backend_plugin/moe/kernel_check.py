@@ -23,11 +23,9 @@ from ..kernels.compile import name_of
 from ..nvfp4.blackwell import ActivationScales
 from ..nvfp4.format import quantize
 from . import balanced, blackwell, cuda, reference, tactics, tiles
+from .compare import W4A4, W4A16, Found, compare
 from .problem import Activation, MoEProblem
 
-W4A16, W4A4 = (4e-3, 3e-2), (5e-2, 2e-1)
-"""Largest relative errors in the norm: of all rows, and of any single one. A kernel may divide approximately, and a value that lies between
-two of E2M1's then goes to the other, a third away, so W4A4 has wider ones; a layout, scale or row that is wrong is off by far more."""
 EXPERTS, TOP_K = 8, 2
 TOKENS = (1, 5, 300)
 """One token; fewer than experts; full tiles and partial ones."""
@@ -47,10 +45,6 @@ class Row(NamedTuple):
     max_abs: float
     relative: float
     device_lost: bool = False
-
-
-Found = tuple[str | None, float, float]
-"""A row's reason, max_abs and relative."""
 
 
 def attempt(device: torch.device, kernel: str, case: str, tactic: str, tokens: int, check: Callable[..., Found], *arguments: object) -> Row:
@@ -122,6 +116,15 @@ def _plain_torch() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def input_scales(problem: MoEProblem, device: torch.device) -> tuple[Tensor, Tensor]:
+    """float32 [E, 2 or 1] and [E] of a layer whose inputs are normal and whose weights keep them so: of order of the values' largest.
+
+    One for all: the Blackwell kernels have no other.
+    """
+    experts, halves = problem.num_local_experts, 2 if problem.activation.gated else 1
+    return torch.full((experts, halves), 5.0 / 2688, device=device), torch.full((experts,), 8.0 / 2688, device=device)
+
+
 def layer(problem: MoEProblem, tokens: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Layer:
     """A random layer, the same on every machine of a kind; ids outside the experts among its choices.
 
@@ -141,10 +144,7 @@ def layer(problem: MoEProblem, tokens: int, device: torch.device, dtype: torch.d
     experts, halves = problem.num_local_experts, 2 if problem.activation.gated else 1
     weights = (w13, w13_scale, first.view(-1, 1).expand(-1, halves).contiguous(), w2, w2_scale, second)
     x = torch.randn(tokens, problem.hidden, device=device, generator=generator).to(dtype)
-    scales = None
-    if problem.activation_precision == "nvfp4":
-        # One for all: the kernels have no other. Of order of the values' largest.
-        scales = tuple(torch.full(shape, amax / 2688, device=device) for shape, amax in (((experts, halves), 5.0), ((experts,), 8.0)))
+    scales = input_scales(problem, device) if problem.activation_precision == "nvfp4" else None
     everywhere = replace(problem, num_local_experts=problem.num_experts)
     chosen, ids = (part.to(device) for part in balanced.routing(everywhere, tokens, seed=seed))
     if tokens > 2:
@@ -156,20 +156,6 @@ def layer(problem: MoEProblem, tokens: int, device: torch.device, dtype: torch.d
         expert_map[here] = torch.arange(experts, dtype=torch.int32)
         expert_map = expert_map.to(device)
     return Layer(problem, weights, scales, x, chosen, ids, expert_map)
-
-
-def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> Found:
-    """(why ``out`` [M, H] is wrong, or None; largest error of an element; relative error in the norm)."""
-    if bad := int((~out.isfinite()).sum()):
-        return f"not finite: {bad} of {out.numel()} values", math.nan, math.nan
-    error, norm = out.float() - right, right.norm(dim=1)
-    typical = norm.square().mean().sqrt().clamp_min(1e-30)
-    relative = float(error.norm() / right.norm().clamp_min(1e-30))
-    worst = float((error.norm(dim=1) / norm.clamp_min(0.1 * typical)).max())
-    if relative <= bounds[0] and worst <= bounds[1]:
-        return None, float(error.abs().max()), relative
-    found = f"wrong: relative error {relative:.1e}, of the worst row {worst:.1e}; allowed {bounds[0]:.0e}, {bounds[1]:.0e}"
-    return found, float(error.abs().max()), relative
 
 
 # --- Blackwell --------------------------------------------------------------------------------------------------------
@@ -262,11 +248,13 @@ def require(
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("kernel check: found a graph under capture; allowed: before the first request")
-    met = tuple(blackwell.tactics_met(problem, max_tokens))
+    met = tuple(blackwell.tactics_met(problem, max_tokens, dtype))
     small = replace(problem, num_experts=EXPERTS, num_local_experts=EXPERTS, top_k=1 if problem.apply_router_weight_on_input else TOP_K)
     if row := _wrong(small, device, met, scales, flashinfer, dtype):
         found = f"FlashInfer's kernel {row.tactic} at {row.tokens} tokens ({row.case}) {row.reason}"
-        raise UnsupportedLayerError(where, found, "kernels that agree with the reference (another FlashInfer, or moe.provider: engine)")
+        tuned = row.tactic not in {blackwell.choose(problem, tokens).name for tokens in (1, max_tokens)}
+        others = f"another FlashInfer, {'moe.tactics: heuristic, ' if tuned else ''}or moe.provider: engine"
+        raise UnsupportedLayerError(where, found, f"kernels that agree with the reference ({others})")
     return len(met)
 
 

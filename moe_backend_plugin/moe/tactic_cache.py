@@ -1,14 +1,16 @@
 """Where tuned tactics are kept: one JSON file a kind of device, that any number of processes read and write at once.
 
 A file holds entries, one for each problem and each state of the software that tuned it (:meth:`Kind.stamp`); those of another version,
-driver or kernel source are left as they are, and not used. It is replaced as a whole, under a lock, after every bucket: whoever
-reads sees the file before or after, and a tuning run that is killed loses at most the bucket it was at.
+driver or kernel source are left as they are, and not used. The kind of device says which family of tactics the names are of
+(:mod:`.families`). The file is replaced as a whole, under a lock, after every bucket: whoever reads sees it before or after, and a
+tuning run that is killed loses at most the bucket it was at.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -27,7 +29,8 @@ from .. import __version__
 from ..device import driver_version
 from ..errors import PluginError
 from ..kernels import compile as kernels
-from . import tactics
+from . import families, tactics
+from .families import Family
 from .problem import MoEProblem
 
 logger = logging.getLogger("moe_backend_plugin.tactics")
@@ -35,6 +38,8 @@ logger = logging.getLogger("moe_backend_plugin.tactics")
 FORMAT = 1
 """Of the file; one of another format is not read, and set aside when it is written."""
 FAMILIES = ("moe_gemm", "moe_route", "moe_combine")
+DRIVING = ("moe/blackwell.py", "moe/memset.py", "nvfp4/blackwell.py")
+"""Sources of this package that call FlashInfer's kernels."""
 SHIPPED = Path(__file__).parent / "tuned"
 """Files that came with the package, read where the user's file has no entry. Their kernels must be these, their driver may differ."""
 
@@ -45,19 +50,40 @@ def kernel_hash() -> str:
     return hashlib.sha256("\n".join(f"{family} {kernels.source_hash(family)}" for family in FAMILIES).encode()).hexdigest()[:16]
 
 
+@cache
+def _driving_hash() -> str:
+    """Of the sources through which FlashInfer's kernels are called: 16 hexadecimal digits."""
+    sources = (Path(__file__).parents[1] / name for name in DRIVING)
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
+def flashinfer_hash() -> str:
+    """Of the kernels of a call on Blackwell: FlashInfer's version, whose they are, and 16 hexadecimal digits of what calls them here."""
+    try:
+        version = importlib.metadata.version("flashinfer-python")
+    except importlib.metadata.PackageNotFoundError:
+        version = "absent"
+    return f"flashinfer {version} {_driving_hash()}"
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A kind of device: what its tactics are tuned for."""
+    """A kind of device: what its tactics are tuned for. ``capability``, its compute capability, says which family they are of."""
 
     name: str
     multiprocessors: int
     driver: str | None = None
+    capability: tuple[int, int] = (9, 0)
 
     @classmethod
     def of(cls, device: int) -> Kind:
         """Of a CUDA device of this process."""
         found = torch.cuda.get_device_properties(device)
-        return cls(found.name, found.multi_processor_count, driver_version())
+        return cls(found.name, found.multi_processor_count, driver_version(), (found.major, found.minor))
+
+    @property
+    def family(self) -> Family:
+        return families.of(self.capability)
 
     @property
     def file_name(self) -> str:
@@ -68,7 +94,7 @@ class Kind:
         """What has to be the same for an entry to be used."""
         return {
             "package": __version__,
-            "kernel": kernel_hash(),
+            "kernel": flashinfer_hash() if self.family is families.BLACKWELL else kernel_hash(),
             "device": self.name,
             "multiprocessors": self.multiprocessors,
             "driver": self.driver,
@@ -143,18 +169,18 @@ def table(problem: MoEProblem, dtype: torch.dtype, kind: Kind) -> tactics.Table 
     shipped = SHIPPED / kind.file_name
     for path, any_driver in ((path_of(kind), False), (shipped, True)):
         entry = entry_of(path, problem, dtype, kind, any_driver)
-        if entry is not None and (buckets := list(_buckets(entry, problem, path))):
+        if entry is not None and (buckets := list(_buckets(entry, problem, kind.family, path))):
             return tactics.Table(buckets)
     return None
 
 
-def _buckets(entry: dict[str, Any], problem: MoEProblem, path: Path) -> Iterator[tactics.Bucket]:
+def _buckets(entry: dict[str, Any], problem: MoEProblem, family: Family, path: Path) -> Iterator[tactics.Bucket]:
     lists = [bucket.get("struck") for bucket in entry["buckets"].values() if isinstance(bucket, dict)]
     struck = {name for found in lists if isinstance(found, dict) for name in found}
     for last, bucket in entry["buckets"].items():
         try:
-            found = tactics.Bucket(int(bucket["first"]), int(last), tactics.parse(bucket["tactic"]))
-            reason = tactics.validity(problem, found.tactic)
+            found = tactics.Bucket(int(bucket["first"]), int(last), family.parse(bucket["tactic"]))
+            reason = family.validity(problem, found.tactic)
             if bucket["tactic"] in struck:
                 reason = f"tactic {bucket['tactic']} was struck out"
             if not 1 <= found.first <= found.last:

@@ -1,9 +1,10 @@
 """Ways to run one MoE call, as data: their names, which of them a problem can have, and which one a call of some size gets.
 
-A tactic is a :class:`.tiles.Choice`: how each of the two projections is cut up, on one list of token tiles. Its name says all of it:
-``t8.r1x1k2x2b2w.r2x1k1x4b2w`` is 8 tokens a tile, then gate and up, then down, each with row groups x row blocks, k groups x k blocks,
-thread blocks a multiprocessor, and ``w`` where each warp multiplies by itself. Nothing here launches, compiles or asks a device.
+A tactic of Hopper's is a :class:`.tiles.Choice`: how each of the two projections is cut up, on one list of token tiles. Its name says
+all of it: ``t8.r1x1k2x2b2w.r2x1k1x4b2w`` is 8 tokens a tile, then gate and up, then down, each with row groups x row blocks, k groups x
+k blocks, thread blocks a multiprocessor, and ``w`` where each warp multiplies by itself. Nothing here launches, compiles or asks a device.
 
+Blackwell's are :class:`.blackwell.Tactic`; what was tuned is held here for both (:class:`Table`).
 :func:`chosen` answers from a table that :func:`load` read when the kernels were prepared, else as :func:`.tiles.choose` does.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,6 +25,9 @@ from ..errors import PluginError
 from . import tiles, workspace
 from .problem import MoEProblem
 from .tiles import Choice, Shape
+
+if TYPE_CHECKING:
+    from .families import Tactic
 
 logger = logging.getLogger("moe_backend_plugin.tactics")
 
@@ -224,7 +228,7 @@ class Bucket:
 
     first: int
     last: int
-    tactic: Choice
+    tactic: Tactic
 
 
 class Table:
@@ -234,7 +238,7 @@ class Table:
         self.buckets = tuple(sorted(buckets, key=lambda bucket: bucket.last))
         self._lasts = [bucket.last for bucket in self.buckets]
 
-    def of(self, tokens: int) -> Choice | None:
+    def of(self, tokens: int) -> Tactic | None:
         """Of the buckets that hold a call of ``tokens`` tokens the one tuned nearest to it (never at fewer tokens), or None."""
         for bucket in self.buckets[bisect_left(self._lasts, tokens) :]:
             if bucket.first <= tokens:
@@ -274,10 +278,21 @@ def load(problem: MoEProblem, dtype: torch.dtype, device: int) -> bool:
     return set_table(problem, dtype, table)
 
 
-def chosen(problem: MoEProblem, tokens: int, multiprocessors: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """The tactic of a call of ``tokens`` tokens (1 or more): as tuned, else as :func:`.tiles.choose` says. Reads no file."""
+def tuned(problem: MoEProblem, tokens: int, dtype: torch.dtype) -> Any | None:
+    """The tactic that was tuned for a call of ``tokens`` tokens, of this process's kind of device; None if none was. Reads no file."""
     table = _tables.get((problem, dtype))
-    return (table and table.of(tokens)) or tiles.choose(problem, tokens, multiprocessors)
+    return None if table is None else table.of(tokens)
+
+
+def tuned_buckets(problem: MoEProblem, dtype: torch.dtype) -> tuple[Bucket, ...]:
+    """What :func:`tuned` answers from."""
+    table = _tables.get((problem, dtype))
+    return () if table is None else table.buckets
+
+
+def chosen(problem: MoEProblem, tokens: int, multiprocessors: int, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """Hopper's tactic of a call of ``tokens`` tokens (1 or more): as tuned, else as :func:`.tiles.choose` says. Reads no file."""
+    return tuned(problem, tokens, dtype) or tiles.choose(problem, tokens, multiprocessors)
 
 
 def choices(problem: MoEProblem, max_tokens: int, multiprocessors: int, dtype: torch.dtype = torch.bfloat16) -> Mapping[Choice, int]:

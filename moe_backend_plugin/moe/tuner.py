@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from ..errors import PluginError
-from . import buckets, tactics, tiles, workspace
+from . import buckets
 from .balanced import Loads
+from .compare import compare
+from .families import HOPPER, Family, Tactic
 from .problem import MoEProblem
-from .tiles import Choice
 
 logger = logging.getLogger("moe_backend_plugin.tactics")
 
@@ -59,10 +60,10 @@ class Conditions:
 class Case(Protocol):
     """The inputs of one bucket, and the ways to run them."""
 
-    def time(self, tactic: Choice, conditions: Conditions) -> float:
+    def time(self, tactic: Tactic, conditions: Conditions) -> float:
         """Microseconds of one call, the median of some replays."""
 
-    def replay(self, tactic: Choice) -> Tensor:
+    def replay(self, tactic: Tactic) -> Tensor:
         """The output [M, H] of the tactic's graph, replayed once into memory full of NaN."""
 
     def reference(self) -> tuple[Tensor, Tensor]:
@@ -85,9 +86,6 @@ class Options:
 
 # --- vetting ----------------------------------------------------------------------------------------------------------
 
-RELATIVE, WORST_ROW = 4e-3, 3e-2
-"""Largest relative errors in the norm that a tactic may have, of all rows and of any single one."""
-
 
 class Vetted(NamedTuple):
     """reason: why the tactic is struck out, or None. max_abs, relative: largest error of an element, and of all in the norm."""
@@ -97,33 +95,38 @@ class Vetted(NamedTuple):
     relative: float = math.nan
 
 
-def vet(case: Case, tactic: Choice, replays: int, expected: tuple[Tensor, Tensor] | None = None) -> Vetted:
+def vet(case: Case, tactic: Tactic, replays: int, expected: tuple[Tensor, Tensor] | None = None, family: Family = HOPPER) -> Vetted:
     """Compare ``replays`` replays of a tactic with the reference (``expected``: what ``case.reference()`` gave) and with each other.
 
+    One that is repeatable must give the same bits in every replay. One that adds up in the order in which things finish cannot: there
+    every replay must be as near the reference as the first has to be, and the errors are the largest of all.
     An error that the tactic raises strikes it out too, except one of the device, which ends the run.
     """
     rows, right = case.reference() if expected is None else expected
     try:
         first = case.replay(tactic).clone()
-    except (RuntimeError, ValueError) as error:
+    except family.failures as error:
         if type(error).__name__ in ("AcceleratorError", "DeviceLost"):
             raise
         return Vetted(f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    if bad := int((~first.isfinite()).sum()):
-        return Vetted(f"not finite: {bad} of {first.numel()} values")
-    error = first[rows].float() - right
-    norm = right.norm(dim=1)
-    typical = norm.square().mean().sqrt().clamp_min(1e-30)
-    max_abs, relative = float(error.abs().max()), float(error.norm() / right.norm().clamp_min(1e-30))
-    worst = float((error.norm(dim=1) / norm.clamp_min(0.1 * typical)).max())
-    if not (relative <= RELATIVE and worst <= WORST_ROW):
-        found = f"wrong: relative error {relative:.1e}, of the worst row {worst:.1e}; allowed {RELATIVE:.0e}, {WORST_ROW:.0e}"
-        return Vetted(found, max_abs, relative)
+    found = _compared(first, rows, right, family)
     for _ in range(1, replays):
+        if found.reason:
+            break
         again = case.replay(tactic)
-        if not torch.equal(again, first):
-            return Vetted(f"not repeatable: {int((again != first).sum())} of {first.numel()} values differ", max_abs, relative)
-    return Vetted(None, max_abs, relative)
+        if not family.repeatable(tactic):
+            more = _compared(again, rows, right, family)
+            found = more if more.reason else Vetted(None, max(found.max_abs, more.max_abs), max(found.relative, more.relative))
+        elif not torch.equal(again, first):
+            found = found._replace(reason=f"not repeatable: {int((again != first).sum())} of {first.numel()} values differ")
+    return found
+
+
+def _compared(out: Tensor, rows: Tensor, right: Tensor, family: Family) -> Vetted:
+    """All of ``out`` must be finite, its ``rows`` right."""
+    if bad := int((~out.isfinite()).sum()):
+        return Vetted(f"not finite: {bad} of {out.numel()} values")
+    return Vetted(*compare(out[rows], right, family.bounds))
 
 
 # --- the race ---------------------------------------------------------------------------------------------------------
@@ -144,13 +147,20 @@ class Race(NamedTuple):
     """winner; times: the mean of each tactic's times in microseconds (geometric); tied: those that were not told apart from the fastest;
     rounds: how many it took."""
 
-    winner: Choice
-    times: dict[Choice, float]
-    tied: tuple[Choice, ...]
+    winner: Tactic
+    times: dict[Tactic, float]
+    tied: tuple[Tactic, ...]
     rounds: int
 
 
-def race(entrants: Sequence[Choice], time: Callable[[Choice], float], prefer: Sequence[Choice], options: Options, seed: int) -> Race:
+def race(
+    entrants: Sequence[Tactic],
+    time: Callable[[Tactic], float],
+    prefer: Sequence[Tactic],
+    options: Options,
+    seed: int,
+    family: Family = HOPPER,
+) -> Race:
     """Time ``entrants`` until the fastest is known; ``prefer``: who wins a tie, the first of them that is in it, else the first by name: of
     what cannot be told apart, noise must not choose.
 
@@ -159,7 +169,7 @@ def race(entrants: Sequence[Choice], time: Callable[[Choice], float], prefer: Se
     if not entrants:
         raise ValueError("race: found no tactic; allowed: 1 or more")
     shuffle = random.Random(seed)
-    logs: dict[Choice, list[float]] = {tactic: [] for tactic in entrants}
+    logs: dict[Tactic, list[float]] = {tactic: [] for tactic in entrants}
     alive, margin = list(entrants), options.margin
     fewest, most = options.rounds
     watched = [tactic for tactic in prefer[:1] if tactic in logs]  # timed to the end, so that the gain over it is known
@@ -186,7 +196,7 @@ def race(entrants: Sequence[Choice], time: Callable[[Choice], float], prefer: Se
         # Still in doubt: the heuristic keeps its place, nobody else gains one.
         tied += [tactic for tactic in alive if tactic not in tied and tactic == prefer[0]] if prefer else []
     times = {tactic: math.exp(statistics.fmean(found)) for tactic, found in logs.items()}
-    winner = next(tactic for tactic in (*prefer, *sorted(tied, key=tactics.name)) if tactic in tied)
+    winner = next(tactic for tactic in (*prefer, *sorted(tied, key=family.name)) if tactic in tied)
     return Race(winner, times, tuple(tied), number)
 
 
@@ -199,13 +209,14 @@ class Tuned:
 
     first: int
     last: int
-    tactic: Choice
-    heuristic: Choice
+    tactic: Tactic
+    heuristic: Tactic
     us: float
     heuristic_us: float
     rounds: int
-    vetted: dict[Choice, Vetted] = field(default_factory=dict)
-    times: dict[Choice, float] = field(default_factory=dict)
+    vetted: dict[Tactic, Vetted] = field(default_factory=dict)
+    times: dict[Tactic, float] = field(default_factory=dict)
+    family: Family = HOPPER
 
     @property
     def gain(self) -> float:
@@ -214,16 +225,16 @@ class Tuned:
 
     @property
     def struck(self) -> dict[str, str]:
-        return {tactics.name(tactic): found.reason for tactic, found in self.vetted.items() if found.reason}
+        return {self.family.name(tactic): found.reason for tactic, found in self.vetted.items() if found.reason}
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in the cache."""
         worst = max((found.relative for found in self.vetted.values() if found.reason is None), default=math.nan)
         return {
             "first": self.first,
-            "tactic": tactics.name(self.tactic),
+            "tactic": self.family.name(self.tactic),
             "us": round(self.us, 3),
-            "heuristic": tactics.name(self.heuristic),
+            "heuristic": self.family.name(self.heuristic),
             "heuristic_us": None if math.isnan(self.heuristic_us) else round(self.heuristic_us, 3),
             "rounds": self.rounds,
             "tactics": len(self.vetted),
@@ -245,30 +256,31 @@ def tune(
     *,
     dtype: torch.dtype = torch.bfloat16,
     sizes: Sequence[int] = (),
-    forced: Choice | None = None,
+    forced: Tactic | None = None,
     skip: Callable[[int], bool] = lambda last: False,
     progress: Callable[[str], None] = lambda what: None,
+    family: Family = HOPPER,
 ) -> Iterator[Tuned]:
     """Tune every bucket, ascending; each comes as soon as it is done, so that it can be stored.
 
     ``make`` makes the inputs of a bucket. ``forced``: vet and time only this tactic (beside the heuristic's) and let it win. ``skip``: of
-    buckets that need no tuning. ``progress`` is told what is under way.
+    buckets that need no tuning. ``progress`` is told what is under way. ``family``: whose tactics are tuned.
     Raises Struck if no tactic of a bucket, or not the forced one, is right; PluginError (a ValueError) if that is not valid.
     """
     biases = options.biases
-    if forced is not None and (reason := tactics.validity(problem, forced)):
-        raise PluginError(f"tactic {tactics.name(forced)}", reason, "a tactic that the kernels can have")
+    if forced is not None and (reason := family.validity(problem, forced)):
+        raise PluginError(f"tactic {family.name(forced)}", reason, "a tactic that the kernels can have")
     before, first = None, 1
-    struck: dict[Choice, str] = {}
-    for last in buckets.edges(problem, max_tokens, multiprocessors, sizes, biases.capped_at):
+    struck: dict[Tactic, str] = {}
+    for last in buckets.edges(problem, max_tokens, multiprocessors, sizes, biases.capped_at, family):
         if not skip(last):
-            heuristic = tiles.choose(problem, last, multiprocessors)
-            entrants = tactics.candidates(problem, last, multiprocessors) if forced is None else list(dict.fromkeys([heuristic, forced]))
+            heuristic = family.heuristic(problem, last, multiprocessors)
+            entrants = family.candidates(problem, last, multiprocessors) if forced is None else list(dict.fromkeys([heuristic, forced]))
             loads = "random" if biases.random_inputs else options.loads
             conditions = Conditions(last, loads, not biases.warm_l2, seed=options.seed)
             found = _bucket(
                 *(problem, first, make(conditions), conditions, entrants, heuristic, struck),
-                *(before, forced, options, dtype, progress),
+                *(before, forced, options, dtype, progress, family),
             )
             before = found.tactic
             # What was wrong once is not trusted with any other number of tokens.
@@ -282,64 +294,67 @@ def _bucket(
     first: int,
     case: Case,
     conditions: Conditions,
-    entrants: list[Choice],
-    heuristic: Choice,
-    struck: dict[Choice, str],
-    before: Choice | None,
-    forced: Choice | None,
+    entrants: list[Tactic],
+    heuristic: Tactic,
+    struck: dict[Tactic, str],
+    before: Tactic | None,
+    forced: Tactic | None,
     options: Options,
     dtype: torch.dtype,
     progress: Callable[[str], None],
+    family: Family,
 ) -> Tuned:
     tokens, seed = conditions.tokens, options.seed * 1_000_003 + conditions.tokens
     expected = case.reference()
-    vetted: dict[Choice, Vetted] = {}
+    vetted: dict[Tactic, Vetted] = {}
     count = 0
 
-    def right(found: list[Choice]) -> list[Choice]:
+    def right(found: list[Tactic]) -> list[Tactic]:
         for number, tactic in enumerate(found, 1):
             if tactic in struck:
                 vetted[tactic] = Vetted(struck[tactic])
                 continue
             progress(f"{tokens} tokens: checking tactic {number} of {len(found)}")
-            vetted[tactic] = vet(case, tactic, options.replays, expected)
+            vetted[tactic] = vet(case, tactic, options.replays, expected, family)
             if vetted[tactic].reason:
-                logger.warning("%d tokens: tactic %s is struck out: %s", tokens, tactics.name(tactic), vetted[tactic].reason)
+                logger.warning("%d tokens: tactic %s is struck out: %s", tokens, family.name(tactic), vetted[tactic].reason)
         return [tactic for tactic in found if vetted[tactic].reason is None]
 
-    def time(tactic: Choice) -> float:
+    def time(tactic: Tactic) -> float:
         nonlocal count
         count += 1
         progress(f"{tokens} tokens: timing {count}, {len(vetted)} tactics")
-        allocates = _allocates(problem, tokens, tactic, heuristic, dtype, options.biases)
+        allocates = _allocates(problem, tokens, tactic, heuristic, dtype, options.biases, family)
         return case.time(tactic, replace(conditions, preallocated=not allocates))
 
     alive = right(entrants)
     if forced is not None and forced not in alive:
-        raise Struck(f"{tokens} tokens: tactic {tactics.name(forced)}: {vetted[forced].reason}")
+        raise Struck(f"{tokens} tokens: tactic {family.name(forced)}: {vetted[forced].reason}")
     if not alive:
         found = f"all {len(entrants)} tactics struck out, the heuristic's because: {vetted[heuristic].reason}"
         raise Struck(f"{tokens} tokens: {found}")
     if forced is not None:
-        result = race(alive, time, [forced], replace(options, hopeless=math.inf), seed)
+        result = race(alive, time, [forced], replace(options, hopeless=math.inf), seed, family)
         result = result._replace(winner=forced)
     else:
         prefer = [tactic for tactic in (heuristic, before) if tactic is not None]
-        times: dict[Choice, float] = {}
+        times: dict[Tactic, float] = {}
         if len(alive) > 1:
-            once = race(alive, time, prefer, replace(options, rounds=(1, 1)), seed)
+            once = race(alive, time, prefer, replace(options, rounds=(1, 1)), seed, family)
             times |= once.times
             alive = [t for t in alive if t == heuristic or times[t] <= options.hopeless * min(times.values())]
-            alive += right(tactics.crossed(times))
-        result = race(alive, time, prefer, options, seed + 1)
+            alive += right(family.crossed(times))
+        result = race(alive, time, prefer, options, seed + 1, family)
         result = result._replace(times=times | result.times)
     us = result.times
-    return Tuned(first, tokens, result.winner, heuristic, us[result.winner], us.get(heuristic, math.nan), result.rounds, vetted, us)
+    return Tuned(first, tokens, result.winner, heuristic, us[result.winner], us.get(heuristic, math.nan), result.rounds, vetted, us, family)
 
 
-def _allocates(problem: MoEProblem, tokens: int, tactic: Choice, heuristic: Choice, dtype: torch.dtype, biases: Biases) -> bool:
+def _allocates(
+    problem: MoEProblem, tokens: int, tactic: Tactic, heuristic: Tactic, dtype: torch.dtype, biases: Biases, family: Family
+) -> bool:
     """Whether a tactic is timed with an allocation: only under that bias, where it needs more than was allocated for the heuristic's."""
     if not biases.unequal_allocations:
         return False
-    own, held = (workspace.plan(problem, tokens, workspace.Call(t.tile_tokens, y=dtype), dtype).bytes for t in (tactic, heuristic))
+    own, held = (family.workspace_bytes(problem, tokens, found, dtype) for found in (tactic, heuristic))
     return own > held

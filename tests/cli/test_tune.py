@@ -16,7 +16,8 @@ from moe_backend_plugin.cli import tune as command
 from moe_backend_plugin.cli.main import app
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.kernels import compile as kernels
-from moe_backend_plugin.moe import tactic_cache, tactics, tiles
+from moe_backend_plugin.moe import blackwell, tactic_cache, tactics, tiles
+from moe_backend_plugin.moe.families import BLACKWELL
 from moe_backend_plugin.moe.tactic_cache import Kind
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
@@ -24,6 +25,7 @@ from tuner_cases import FakeGpu, formula  # noqa: E402
 
 MODELS = Path(__file__).parents[2] / "integration" / "models"
 KIND = Kind("NVIDIA H200", 132, "570.1")
+B200 = Kind("NVIDIA B200", 148, "580.1", (10, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +165,7 @@ def test_bad_input(gpu, arguments, words):
     assert not gpu.asked
 
 
-def test_needs_a_hopper_gpu(monkeypatch):
+def test_needs_a_gpu_that_the_kernels_run_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device that torch can use" in refused("qwen3-30b-a3b")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -171,6 +173,94 @@ def test_needs_a_hopper_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100")
     line = refused("qwen3-30b-a3b")
     assert "NVIDIA A100, compute capability 8.0" in line and "compute capability 9.0" in line
+    assert all(name in line for name in ("H100, H200", "10.0 or 10.3 with FlashInfer", "B200, B300"))
+    for capability in ((12, 0), (11, 0), (10, 1)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, found=capability: found)
+        assert "allowed: a machine with an NVIDIA GPU of compute capability 9.0" in refused("qwen3-30b-a3b")
+
+
+# --- Blackwell --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blackwell_gpu(monkeypatch):
+    """This process's GPU is a B200, as far as anybody asks; its layer is made up."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from moe_backend_plugin.bench import tactics as bench
+
+    found = FakeGpu(lambda tactic, conditions: 90.0 if tactic == blackwell.Tactic(256) else 100.0, family=BLACKWELL)
+    found.asked = []
+
+    class Layer:
+        def __init__(self, *arguments):
+            found.asked.append(arguments)
+            self.case = found.make
+
+    monkeypatch.setattr(bench, "BlackwellLayer", Layer)
+    monkeypatch.setattr(command, "check_gpu", lambda *_: None)
+    monkeypatch.setattr(Kind, "of", classmethod(lambda cls, device: B200))
+    monkeypatch.setattr(blackwell, "missing", lambda: None)
+    for name, answer in (("get_device_capability", (10, 0)), ("get_device_name", "NVIDIA B200"), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=answer: found)
+    return found
+
+
+def test_tunes_flashinfers_kernels_on_blackwell(blackwell_gpu, tmp_path):
+    result = run("deepseek-v3-ep8", "--max-tokens", 16)
+    assert result.exit_code == 0, result.output
+    problem, dtype, first, device, most, found = blackwell_gpu.asked[0]
+    assert (problem.activation_precision, dtype, first, str(device), most) == ("nvfp4", torch.bfloat16, 0, "cuda:0", 16)
+    assert set(found) == set(blackwell.every(problem))
+    path = tmp_path / "kernels" / "tactics" / "nvidia-b200.json"
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert list(entry["buckets"]) == ["1", "2", "4", "8", "16"] and {b["tactic"] for b in entry["buckets"].values()} == {"s256.128.128x1"}
+    assert entry["stamp"] == B200.stamp and entry["problem"]["activation_precision"] == "nvfp4"
+    # A server's layers find it.
+    assert tactic_cache.table(problem, torch.bfloat16, B200).of(9) == blackwell.Tactic(256)
+    assert result.stderr.count("has never run on a Blackwell GPU") == 1 and "5 of 5 buckets left the heuristic's tactic" in result.stdout
+
+
+def test_forces_and_strikes_out_tactics_of_blackwell(blackwell_gpu, tmp_path):
+    out = tmp_path / "t.json"
+    assert run("deepseek-v3-ep8", "--max-tokens", 4, "--force", "s128.256.256x2o", "--out", out).exit_code == 0
+    assert set(blackwell_gpu.asked[0][-1]) == {blackwell.Tactic(), blackwell.Tactic(128, 256, 256, 2, True)}
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert {bucket["tactic"] for bucket in entry["buckets"].values()} == {"s128.256.256x2o"}
+    blackwell_gpu.wrong = {"s256.128.128x1": "nan"}
+    result = run("deepseek-v3-ep8", "--max-tokens", 2, "--out", tmp_path / "u.json")
+    assert result.exit_code == 0 and "struck out: s256.128.128x1: 1 tokens: not finite" in result.stdout
+    assert run("deepseek-v3-ep8", "--max-tokens", 2, "--force", "s256.128.128x1", "--out", tmp_path / "v.json").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ("qwen3-30b-a3b", "--force", tactics.name(tiles.Choice(tiles.FEW, tiles.FEW))),
+            ["--force", "NVIDIA B200", "a tactic of Blackwell"],
+        ),
+        (("qwen3-30b-a3b", "--dtype", "float16"), ["MODEL", "float16", "bfloat16"]),
+        (("qwen3-30b-a3b", "--force", "s64.128.128x1"), ["--force", "tile_tokens 64"]),
+    ],
+    ids=str,
+)
+def test_bad_input_on_blackwell(blackwell_gpu, arguments, words):
+    result = run(*arguments)
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.exit_code == 2 and line.startswith("error: ") and all(word in line for word in words), result.stderr
+    assert not blackwell_gpu.asked
+
+
+def test_blackwell_needs_flashinfer(blackwell_gpu, monkeypatch):
+    monkeypatch.setattr(blackwell, "missing", lambda: "no package flashinfer (pip install flashinfer-python)")
+    result = run("qwen3-30b-a3b")
+    assert result.exit_code == 2 and "found no package flashinfer (pip install flashinfer-python)" in result.stderr
+
+
+def test_a_tactic_of_blackwell_is_no_tactic_of_hopper(blackwell_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(Kind, "of", classmethod(lambda cls, device: KIND))
+    assert "a tactic of Hopper" in refused("qwen3-30b-a3b", "--force", "s128.128.128x1")
 
 
 def test_report_without_times():

@@ -10,7 +10,8 @@ from functools import cache
 
 import torch
 
-from moe_backend_plugin.moe import balanced, tactics
+from moe_backend_plugin.moe import balanced
+from moe_backend_plugin.moe.families import HOPPER, Family, Tactic
 from moe_backend_plugin.moe.problem import MoEProblem
 from moe_backend_plugin.moe.tiles import Choice, Shape
 from moe_backend_plugin.moe.tuner import Conditions
@@ -54,14 +55,15 @@ def formula(problem: MoEProblem) -> Callable[[Choice, Conditions], float]:
 class FakeGpu:
     """``us``: the true times. noise: standard deviation of the logarithm of a time; drift: growth from one timing to the next."""
 
-    us: Callable[[Choice, Conditions], float]
+    us: Callable[[Tactic, Conditions], float]
     noise: float = 0.0
     drift: float = 0.0
     seed: int = 0
     wrong: dict[str, str] = field(default_factory=dict)
-    """What is wrong with a tactic, by name: "wrong", "nan", "unsteady" or "raises"."""
-    timed: list[tuple[Choice, Conditions]] = field(default_factory=list)
+    """What is wrong with a tactic, by name: "wrong", "wrong later", "nan", "unsteady" or "raises"."""
+    timed: list[tuple[Tactic, Conditions]] = field(default_factory=list)
     replayed: list[str] = field(default_factory=list)
+    family: Family = HOPPER
 
     def __post_init__(self) -> None:
         self.chance = random.Random(self.seed)
@@ -75,18 +77,18 @@ class FakeCase:
     gpu: FakeGpu
     conditions: Conditions
 
-    def time(self, tactic: Choice, conditions: Conditions) -> float:
+    def time(self, tactic: Tactic, conditions: Conditions) -> float:
         assert conditions.tokens == self.conditions.tokens
         gpu = self.gpu
         gpu.timed.append((tactic, conditions))
         factor = (1 + gpu.drift) ** len(gpu.timed) * 2.718281828 ** gpu.chance.gauss(0, gpu.noise)
         return gpu.us(tactic, conditions) * factor
 
-    def replay(self, tactic: Choice) -> torch.Tensor:
-        name = tactics.name(tactic)
+    def replay(self, tactic: Tactic) -> torch.Tensor:
+        name = self.gpu.family.name(tactic)
         self.gpu.replayed.append(name)
         out, fault = right_output(self.conditions.tokens).bfloat16(), self.gpu.wrong.get(name)
-        if fault == "wrong":
+        if fault == "wrong" or (fault == "wrong later" and self.gpu.replayed.count(name) > 2):
             out[-1] += 0.5
         elif fault == "nan":
             out[0, 0] = float("nan")

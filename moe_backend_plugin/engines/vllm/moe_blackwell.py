@@ -1,12 +1,13 @@
 """NVFP4 mixture-of-experts layers in vLLM on a Blackwell GPU, through FlashInfer: which layers, their weights, and the calls.
 
 W4A4: with static activation scales where the checkpoint has them, else with a scale a token where ``moe.activations: nvfp4`` asks for
-that. Before a weight is read the kernels are held to the reference on a small layer of the same shape, and a server whose kernels are
-wrong does not start. Nothing here has run on such a GPU.
+that. Before a weight is read the kernels are held to the reference on a small layer of the same shape, in every way that calls will run
+them, tuned or not, and a server whose kernels are wrong does not start. Nothing here has run on such a GPU.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from ...errors import PluginError
-from ...moe import blackwell, kernel_check
+from ...moe import blackwell, kernel_check, tactics
 from ...moe.op import nvfp4_moe_flashinfer
 from ...moe.problem import MoEProblem
 from ...nvfp4.blackwell import ActivationScales
+from .. import experts
 from . import moe_cuda
 from .moe import Nvfp4MoEMethod
 from .moe_cuda import is_modular, most_tokens, problem_of
+from .settings import plugin_config
 
 logger = init_logger("vllm.moe_backend_plugin")
 
@@ -44,6 +47,14 @@ def unsupported_reason(layer: RoutedExperts, static: bool, activations: str) -> 
     except PluginError as error:
         return str(error)
     return blackwell.unsupported_reason(problem, moe.in_dtype)
+
+
+@cache
+def prepare(problem: MoEProblem, tokens: torch.dtype, device: torch.device, max_tokens: int, scales: ActivationScales) -> int:
+    """Read what was tuned for layers of this problem, and make the arena large enough; once for all of them. Returns the arena's bytes."""
+    experts.use(plugin_config())
+    tactics.load(problem, tokens, device.index or 0)
+    return blackwell.prepare(problem, tokens, device, max_tokens, scales)
 
 
 class BlackwellMoEMethod(Nvfp4MoEMethod):
@@ -68,8 +79,8 @@ class BlackwellMoEMethod(Nvfp4MoEMethod):
         self.first = ids[0] if ids == list(range(ids[0], ids[0] + len(ids))) else None
         device, tokens = moe_cuda.current_device(), most_tokens(moe)
         # The check uses the arena too, for calls of a few hundred tokens: first the largest, so that it grows once.
-        size = blackwell.prepare(self.problem, moe.in_dtype, device, tokens, self.scales)
-        checked = kernel_check.require(self.problem, device, tokens, self.scales, where=self.prefix)
+        size = prepare(self.problem, moe.in_dtype, device, tokens, self.scales)
+        checked = kernel_check.require(self.problem, device, tokens, self.scales, where=self.prefix, dtype=moe.in_dtype)
         text = "FlashInfer's NVFP4 MoE kernels: %d tactics agree with the reference; workspace of all layers: %.1f MiB for up to %d tokens"
         logger.info_once(text, checked, size / 2**20, tokens)
 
