@@ -12,10 +12,10 @@ import pytest
 MODEL = Path(__file__).parents[1] / "models" / "pycoder-moe-nvfp4"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_engines_one_after_another(vllm_config):
     script = Path(__file__).with_name("second_engine.py")
-    done = subprocess.run([sys.executable, str(script), str(MODEL)], capture_output=True, text=True, timeout=540)
+    done = subprocess.run([sys.executable, str(script), str(MODEL)], capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     first, second, third = json.loads(done.stdout.strip().splitlines()[-1])["texts"]
     assert first == third and all(first)

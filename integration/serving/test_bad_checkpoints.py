@@ -18,7 +18,7 @@ from .engines import EngineHost, Refusal
 from .process import tail
 from .server import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
 DENSE = "model.layers.2.self_attn.o_proj"

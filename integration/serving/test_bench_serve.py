@@ -9,7 +9,7 @@ import pytest
 
 from moe_backend_plugin.bench import serve
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 CHILD = Path(__file__).with_name("bench_child.py")
 
 

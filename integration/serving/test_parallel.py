@@ -12,7 +12,7 @@ import pytest
 from .engines import EngineHost
 
 TOKENS = 12_000
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def two_workers() -> dict[str, str]:

@@ -14,13 +14,13 @@ from .checkpoints import double_gates, edited, rescale_gates
 from .engines import EngineHost
 from .process import environment
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 def verify(model: Path, tokens: int, *options: str) -> dict:
     """What ``moe-backend verify --json`` finds; fails when the command does."""
     command = [str(Path(sys.executable).parent / "moe-backend"), "verify", str(model), "--tokens", str(tokens), "--json", *options]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1500)
     assert done.returncode in (0, 1), f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     found = json.loads(done.stdout)
     print({name: value for name, value in found.items() if isinstance(value, float)})

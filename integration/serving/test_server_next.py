@@ -11,7 +11,7 @@ from .answers import assert_answers_do_not_depend_on_the_batch, complete, mixed_
 from .process import tail
 from .server import Server
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

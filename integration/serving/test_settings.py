@@ -9,7 +9,7 @@ import pytest
 from .engines import EngineHost, Refusal
 from .test_bad_checkpoints import assert_clear
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 TAKE = {"MOE_BACKEND_PLUGIN_TAKE_NVFP4_CHECKPOINTS": "true"}
 

@@ -12,7 +12,7 @@ from .checkpoints import edited, quantize_lm_head, round_lm_head, to_compressed_
 from .engines import EngineHost, Score
 from .test_parallel import TOKENS
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def serve(sglang):
 
     def run(*arguments: object, **environment: str) -> str:
         command = [str(Path(sys.executable).with_name("sglang")), "serve", "--device", "cpu", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
         assert done.returncode
         return done.stderr.strip().splitlines()[-1]
 

@@ -23,7 +23,7 @@ NAME = "pycoder-moe-nvfp4"
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 24, 96, 16
 IMPORTED = "import sys, types\nops = types.ModuleType('vllm._custom_ops')\nops.rotary_embedding = None\nsys.modules[ops.__name__] = ops\n"
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 
 def with_bf16_attention(source: Path, target: Path) -> Path:
