@@ -224,7 +224,7 @@ def served_by(log: str, said: Mapping[str, Sequence[str]]) -> str | None:
 
 def write_config(config: Mapping[str, Any], folder: Path) -> None:
     """The model's config.json, as ModelOpt leaves it: with the quantisation that it has, or ModelOpt's default."""
-    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization(config), **config}))
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": _quantization_of(config)}))
 
 
 def measure(generate: Callable[[list[list[int]], int], Any], config: Mapping[str, Any], batches: Sequence[int]) -> list[dict[str, Any]]:
@@ -266,6 +266,11 @@ def quantization(config: Mapping[str, Any], bf16: Sequence[str] = ()) -> dict[st
         "producer": {"name": "modelopt", "version": "0.47.0"},
         "quant_method": "modelopt",
     }
+
+
+def _quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config's own, or ModelOpt's default."""
+    return config["quantization_config"] if "quantization_config" in config else quantization(config)
 
 
 UNQUANTISED = ("linear_attn.conv1d", "linear_attn.in_proj_ba", "mlp.gate", "mlp.shared_expert_gate")
@@ -312,7 +317,7 @@ def tensors(config: Mapping[str, Any], device: torch.device) -> Iterator[tuple[s
     """
     hidden, head = config["hidden_size"], config["head_dim"]
     layers = range(config["num_hidden_layers"])
-    ignored = {*config.get("quantization_config", quantization(config))["ignore"]}
+    ignored = {*_quantization_of(config)["ignore"]}
     generator = torch.Generator(device).manual_seed(0)
     dice = random.Random(0)
     quantised = (

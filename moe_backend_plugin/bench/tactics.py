@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..moe import balanced, blackwell, cuda, kernel_check, reference, route, workspace
-from ..moe.families import Tactic
+from ..moe import balanced, blackwell, cuda, kernel_check, reference
+from ..moe.families import BLACKWELL, HOPPER, Tactic
 from ..moe.problem import MoEProblem
 from ..moe.tuner import Conditions
 from .moe import RESERVE, random_checkpoint
@@ -32,6 +32,8 @@ class Layer:
 
     Makes every kernel that ``found`` (tactics) can launch, and the arena. Raises RuntimeError where the kernels cannot serve it.
     """
+
+    family = HOPPER
 
     def __init__(
         self, problem: MoEProblem, dtype: torch.dtype, first: int, device: torch.device, max_tokens: int, found: Sequence[Tactic]
@@ -69,8 +71,7 @@ class Layer:
 
     def workspace_bytes(self, tokens: int, tactic: Tactic) -> int:
         """Memory between the kernels of a call."""
-        call = workspace.Call(tactic.tile_tokens, y=self.dtype)
-        return workspace.plan(self.problem, tokens, call, self.dtype, route.scratch_ints).bytes
+        return self.family.workspace_bytes(self.problem, tokens, tactic, self.dtype)
 
     def case(self, conditions: Conditions) -> LayerCase:
         """The inputs of one bucket."""
@@ -82,6 +83,8 @@ class BlackwellLayer(Layer):
 
     FlashInfer compiles a tactic's kernels at its first launch, which is the one that is compared, never one that is timed.
     """
+
+    family = BLACKWELL
 
     def _unsupported_reason(self, problem: MoEProblem, dtype: torch.dtype) -> str | None:
         return blackwell.unsupported_reason(problem, dtype)
@@ -100,9 +103,6 @@ class BlackwellLayer(Layer):
         # The kernels round the first projection's sums to NVFP4 as they are, so nothing is rounded to 16 bits in between.
         arguments = (x.float(), *self.checkpoint, router, ids, self.problem, self.expert_map)
         return reference.fused_moe(*arguments, *self.input_scales)
-
-    def workspace_bytes(self, tokens: int, tactic: Tactic) -> int:
-        return blackwell.plan(self.problem, tokens, tactic, "static", self.dtype).bytes
 
 
 class LayerCase:

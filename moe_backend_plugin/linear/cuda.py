@@ -194,12 +194,8 @@ class _Lists:
 # --- the call ---------------------------------------------------------------------------------------------------------
 
 
-@cache
 def _gemm(device: int, rows: int, columns: int, shape: tiles.Shape, tokens: torch.dtype) -> Callable:
-    from ..kernels.moe_gemm import Variant
-
-    variant = Variant(**moe.variant_fields(problem_of(rows, columns), "down", shape, tokens))
-    return kernels.load(moe.GEMM, variant, kernels.device_architecture(device, moe.ARCHITECTURES))
+    return moe.gemm(device, problem_of(rows, columns), "down", shape, tokens)
 
 
 class _Call(NamedTuple):

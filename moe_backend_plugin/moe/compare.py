@@ -14,11 +14,14 @@ Found = tuple[str | None, float, float]
 """Why an output is wrong, or None; the largest error of an element; the relative error of all in the norm."""
 
 
-def compare(out: Tensor, right: Tensor, bounds: tuple[float, float]) -> Found:
-    """What is wrong with ``out`` [M, H] beside ``right`` float32 [M, H]; both errors are NaN if ``out`` is not finite."""
+def compare(out: Tensor, right: Tensor, bounds: tuple[float, float], rows: Tensor | None = None) -> Found:
+    """What is wrong with ``out`` [M, H] beside ``right`` float32 [M, H], or [R, H] of ``rows`` (int64 [R]) alone.
+
+    All of ``out`` has to be finite; both errors are NaN if it is not.
+    """
     if bad := int((~out.isfinite()).sum()):
         return f"not finite: {bad} of {out.numel()} values", math.nan, math.nan
-    error, norm = out.float() - right, right.norm(dim=1)
+    error, norm = (out if rows is None else out[rows]).float() - right, right.norm(dim=1)
     typical = norm.square().mean().sqrt().clamp_min(1e-30)
     relative = float(error.norm() / right.norm().clamp_min(1e-30))
     worst = float((error.norm(dim=1) / norm.clamp_min(0.1 * typical)).max())

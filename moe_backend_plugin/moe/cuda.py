@@ -190,7 +190,8 @@ def arena_bytes(problem: MoEProblem, max_tokens: int, tokens: torch.dtype = torc
 
 
 @cache
-def _gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype, pairs: int, ids: Ids) -> Callable:
+def gemm(device: int, problem: MoEProblem, use: str, shape: tiles.Shape, tokens: torch.dtype, pairs: int = 0, ids: Ids = IDS) -> Callable:
+    """The kernel of one projection ("gate_up", "down") on GPU number ``device``; other arguments as in :func:`variant_fields`."""
     from ..kernels.moe_gemm import Variant
 
     variant = Variant(**variant_fields(problem, use, shape, tokens, pairs, ids))
@@ -225,8 +226,8 @@ def _call(device: int, problem: MoEProblem, tokens: int, dtype: torch.dtype, ids
         plan,
         choice.tile_tokens,
         pairs > 0,
-        _gemm(device, problem, "gate_up", choice.gate_up, dtype, pairs, ids),
-        _gemm(device, problem, "down", choice.down, dtype, pairs, ids),
+        gemm(device, problem, "gate_up", choice.gate_up, dtype, pairs, ids),
+        gemm(device, problem, "down", choice.down, dtype, pairs, ids),
         blocks(choice.gate_up, problem.w13_rows),
         blocks(choice.down, problem.hidden),
     )

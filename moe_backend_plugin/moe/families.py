@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from ..errors import PluginError
-from . import blackwell, compare, tactics, tiles, workspace
+from . import blackwell, compare, route, tactics, tiles, workspace
 from .problem import MoEProblem
 from .tiles import Choice
 
@@ -90,7 +90,7 @@ class Hopper:
         return True
 
     def workspace_bytes(self, problem: MoEProblem, tokens: int, tactic: Choice, dtype: torch.dtype) -> int:
-        return workspace.plan(problem, tokens, workspace.Call(tactic.tile_tokens, y=dtype), dtype).bytes
+        return workspace.plan(problem, tokens, workspace.Call(tactic.tile_tokens, y=dtype), dtype, route.scratch_ints).bytes
 
 
 class Blackwell:

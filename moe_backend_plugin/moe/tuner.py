@@ -109,24 +109,17 @@ def vet(case: Case, tactic: Tactic, replays: int, expected: tuple[Tensor, Tensor
         if type(error).__name__ in ("AcceleratorError", "DeviceLost"):
             raise
         return Vetted(f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    found = _compared(first, rows, right, family)
+    found = Vetted(*compare(first, right, family.bounds, rows))
     for _ in range(1, replays):
         if found.reason:
             break
         again = case.replay(tactic)
         if not family.repeatable(tactic):
-            more = _compared(again, rows, right, family)
+            more = Vetted(*compare(again, right, family.bounds, rows))
             found = more if more.reason else Vetted(None, max(found.max_abs, more.max_abs), max(found.relative, more.relative))
         elif not torch.equal(again, first):
             found = found._replace(reason=f"not repeatable: {int((again != first).sum())} of {first.numel()} values differ")
     return found
-
-
-def _compared(out: Tensor, rows: Tensor, right: Tensor, family: Family) -> Vetted:
-    """All of ``out`` must be finite, its ``rows`` right."""
-    if bad := int((~out.isfinite()).sum()):
-        return Vetted(f"not finite: {bad} of {out.numel()} values")
-    return Vetted(*compare(out[rows], right, family.bounds))
 
 
 # --- the race ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,28 +12,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("cutlass", reason="CuTe DSL is not installed (extra: kernels)")
 
 from moe_backend_plugin.bench import tactics as bench
-from moe_backend_plugin.moe import cuda, reference, tactics, tuner, workspace
+from moe_backend_plugin.moe import cuda, reference, route, tactics, tuner, workspace
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.tuner import Conditions
 from moe_backend_plugin.nvfp4 import hopper
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
+from tuner_cases import Clock, without_a_gpu  # noqa: E402
+
 CPU = torch.device("cpu")
-
-
-class Clock:
-    def __init__(self, device):
-        self.asked = []
-
-    def time(self, launch, warm, launches, *, replays, cold):
-        self.asked.append((launches, replays, cold))
-        for i in range(launches + 1):
-            launch(i)
-        return 5.0
-
-
-class Graph:
-    def __init__(self, launch, which):
-        self.replay = lambda: [launch(i) for i in which]
 
 
 @pytest.fixture
@@ -49,12 +39,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(cuda, "prepare", lambda *_: 0)
     monkeypatch.setattr(cuda.kernels, "prepare", lambda family, variants, architecture: len(variants))
     monkeypatch.setattr(cuda.kernels, "device_architecture", lambda *_: "sm_90a")
-    monkeypatch.setattr(bench, "Clock", Clock)
-    monkeypatch.setattr(bench, "capture", Graph)
-    monkeypatch.setattr(bench, "RESERVE", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 1 << 30))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(workspace.Arena, "_arenas", {})
+    without_a_gpu(monkeypatch, bench)
     return found
 
 
@@ -99,7 +84,7 @@ def test_one_arena_holds_every_tactic(calls):
     _, found = layer(problem, first, 64)
     held = workspace.Arena.get(CPU, 0, workspace.EVERY_STREAM).bytes
     for tactic in found:
-        assert workspace.plan(problem, 64, workspace.Call(tactic.tile_tokens), torch.bfloat16, bench.route.scratch_ints).bytes <= held
+        assert workspace.plan(problem, 64, workspace.Call(tactic.tile_tokens), torch.bfloat16, route.scratch_ints).bytes <= held
 
 
 def test_large_calls_are_compared_on_some_rows(calls, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from flashinfer_emulation import Emulation
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tuner_cases import FakeCase, FakeGpu
+from tuner_cases import Clock, FakeCase, FakeGpu, without_a_gpu
 
 from moe_backend_plugin.errors import PluginError, UnsupportedLayerError
 from moe_backend_plugin.kernels import compile as kernels
@@ -384,21 +384,6 @@ def test_tuned_tactics_are_checked_before_a_server_starts():
 # --- the GPU's part ---------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self, device):
-        self.asked = []
-
-    def time(self, launch, warm, launches, *, replays, cold):
-        self.asked.append((launches, replays, cold))
-        launch(0)
-        return 5.0
-
-
-class Graph:
-    def __init__(self, launch, which):
-        self.replay = lambda: [launch(i) for i in which]
-
-
 @pytest.fixture
 def bench(monkeypatch):
     """``bench.tactics`` on the CPU: the kernels are emulated, graphs are calls."""
@@ -408,12 +393,7 @@ def bench(monkeypatch):
     emulation = Emulation()
     library = emulation.library()
     monkeypatch.setattr(blackwell, "library", lambda: library)
-    monkeypatch.setattr(found, "Clock", Clock)
-    monkeypatch.setattr(found, "capture", Graph)
-    monkeypatch.setattr(found, "RESERVE", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 1 << 30))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(workspace.Arena, "_arenas", {})
+    without_a_gpu(monkeypatch, found)
     found.emulation = emulation
     yield found
     del found.emulation

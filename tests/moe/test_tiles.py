@@ -167,7 +167,7 @@ def test_what_is_compiled_ahead_is_what_calls_launch(problem, monkeypatch):
         return Variant(**cuda.variant_fields(problem, use, shape, tokens, pairs, ids))
 
     monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 132)
-    monkeypatch.setattr(cuda, "_gemm", gemm)
+    monkeypatch.setattr(cuda, "gemm", gemm)
     launched = set()
     for tokens in range(1, 4097):
         call = cuda._call.__wrapped__(0, problem, tokens, BF16, ids)

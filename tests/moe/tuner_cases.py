@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from moe_backend_plugin.moe import balanced
+from moe_backend_plugin.moe import balanced, workspace
 from moe_backend_plugin.moe.families import HOPPER, Family, Tactic
 from moe_backend_plugin.moe.problem import MoEProblem
 from moe_backend_plugin.moe.tiles import Choice, Shape
@@ -100,3 +100,32 @@ class FakeCase:
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.arange(self.conditions.tokens), right_output(self.conditions.tokens)
+
+
+# --- bench.tactics on a CPU -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self, device):
+        self.asked = []
+
+    def time(self, launch, warm, launches, *, replays, cold):
+        self.asked.append((launches, replays, cold))
+        for i in range(launches + 1):
+            launch(i)
+        return 5.0
+
+
+class Graph:
+    def __init__(self, launch, which):
+        self.replay = lambda: [launch(i) for i in which]
+
+
+def without_a_gpu(monkeypatch, bench) -> None:
+    """The module ``bench.tactics`` runs on the CPU: nothing is timed, graphs are calls, and memory is what a small layer needs."""
+    monkeypatch.setattr(bench, "Clock", Clock)
+    monkeypatch.setattr(bench, "capture", Graph)
+    monkeypatch.setattr(bench, "RESERVE", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 1 << 30))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(workspace.Arena, "_arenas", {})
