@@ -12,11 +12,30 @@ from .moe import MODELS, NVFP4_PEERS, PROVIDERS, ROUTINGS
 Row = dict[str, Any]
 TARGETS = ((1, 4), (8, 256), (512, 2048), (4096, 16384))
 """Ranges of tokens, each with a target of its own."""
+LISTS = ("rows", "errors", "dropped")
+"""What a result says of cells."""
 COLOURS = dict(zip(PROVIDERS, ("C0", "C1", "C3", "C7"), strict=True))
 
 
 def label(row: Row) -> str:
     return row["model"] if row["ep"] == 1 else f"{row['model']} EP {row['ep']}"
+
+
+def with_others(result: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """``result`` with the rows of a stored one of models that are not in it; "kept" in the stamp says which those are, and from when."""
+    timed = {label(entry) for name in LISTS for entry in result[name]}
+    order = [label({"model": model.name, "ep": model.ep}) for model in MODELS.values()]
+    lists = {name: [*(entry for entry in stored[name] if label(entry) not in timed), *result[name]] for name in LISTS}
+    for entries in lists.values():
+        entries.sort(key=lambda entry: order.index(label(entry)))
+    models = list(dict.fromkeys(label(row) for row in lists["rows"] if label(row) not in timed))
+    kept = []
+    for stamp in [*stored["stamp"].get("kept", []), {**stored["stamp"], "ceilings": stored["ceilings"], "models": models}]:
+        here = [model for model in stamp["models"] if model in models]
+        models = [model for model in models if model not in here]
+        if here:
+            kept.append({**{name: stamp.get(name) for name in ("commit", "date", "ceilings")}, "models": here})
+    return {**result, "stamp": {**result["stamp"], "kept": kept}, **lists}
 
 
 def summary(result: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:

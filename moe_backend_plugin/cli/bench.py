@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,7 @@ def moe(
     providers: Annotated[str | None, typer.Option(help="plugin, marlin, humming, triton_bf16. Default: all.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small grid: one model, 1, 32 and 1024 tokens, balanced.")] = False,
     seconds: Annotated[float | None, typer.Option(help="Time to take; what is least important is dropped. Default: 240.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the file's rows of other models, measured with the same software.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file. Default: moe_<device>.json in integration/bench/results or here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf). Default: beside the JSON file.")] = None,
 ) -> None:
@@ -85,7 +87,11 @@ def moe(
     check_files(out, "--plot", plot)
     device, stamp = _device("bench moe", bench.KERNELS)
     out = out or results_folder() / f"moe_{slug(stamp['device'])}.json"
-    result = _run(bench.run(options, device, say=_say), stamp, out)
+    others = _kept(out, stamp) if keep else None
+    found = bench.run(options, device, say=_say)
+    if others:
+        found = (moe_report.with_others({"stamp": stamp, **part}, others) for part in found)
+    result = _run(found, stamp, out)
     summary, ceilings = moe_report.summary(result), result["ceilings"]
     title = f"NVFP4 MoE layer, copy {ceilings['copy_TB_s']} TB/s, bf16 product {ceilings['matmul_TFLOP_s']} TFLOP/s; geometric mean (range)"
     if result["rows"]:
@@ -179,6 +185,18 @@ def serve(
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _kept(file: Path, stamp: dict[str, Any]) -> dict[str, Any]:
+    """The result in ``file``. Raises InputError if there is none, or of other kernels, packages, driver or device than ``stamp``'s."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError("--keep", f"{file}, which cannot be read ({error})", "a file that bench moe wrote") from None
+    for name in ("kernel_hash", "device", "driver", "packages"):
+        if found["stamp"].get(name) != stamp[name]:
+            raise InputError("--keep", f"{file} with {name} {found['stamp'].get(name)}", f"a file of {name} {stamp[name]}")
+    return found
 
 
 def _run(found: Iterable[dict[str, Any]], stamp: dict[str, Any], out: Path) -> dict[str, Any]:

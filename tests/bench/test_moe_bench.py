@@ -287,6 +287,23 @@ def test_file_form(tmp_path):
     assert sum('"us"' in line for line in file.read_text().splitlines()) == len(stored["rows"])
 
 
+def test_rows_of_other_models_are_kept():
+    old = a_result()
+    new = {**a_result(), "rows": [measured(9, 1)], "errors": [], "dropped": []}
+    new["stamp"] = old["stamp"] | {"date": "2026-02-02T00:00:00+00:00"}
+    both = moe_report.with_others(new, old)
+    assert [(row["model"], row["us"]) for row in both["rows"]] == [("qwen3-30b-a3b", 9), ("deepseek-v3", 12)]
+    assert both["errors"] == old["errors"] and both["dropped"] == old["dropped"]
+    (kept,) = both["stamp"]["kept"]
+    assert kept["models"] == ["deepseek-v3 EP 8"] and kept["date"] == old["stamp"]["date"] and kept["ceilings"] == old["ceilings"]
+    assert both["stamp"]["date"] == new["stamp"]["date"] and both["ceilings"] == new["ceilings"]
+
+    # Once more: what was kept says still when it was measured.
+    third = {**new, "rows": [measured(5, 1, model="minimax-like")], "stamp": old["stamp"] | {"date": "2026-03-03T00:00:00+00:00"}}
+    stamps = {kept["date"]: kept["models"] for kept in moe_report.with_others(third, both)["stamp"]["kept"]}
+    assert stamps == {old["stamp"]["date"]: ["deepseek-v3 EP 8"], new["stamp"]["date"]: ["qwen3-30b-a3b"]}
+
+
 def test_stamp_of_several_families(monkeypatch):
     sources = {"moe_gemm": "a", "moe_route": "b", "moe_combine": "c", "gdn_decode": "d"}
     monkeypatch.setattr(stamp, "source_hash", sources.__getitem__)
@@ -503,6 +520,19 @@ def test_command_writes_json_and_plot_and_says_what_failed(monkeypatch, tmp_path
     assert json.loads(out.read_text()) == result and out.with_suffix(".png").exists()
     for words in ("2.83 (2 .. 4, 2)", "RuntimeError: no", "no time"):
         assert words in done.output
+
+    # A second run of one model: the rows of the others stay, if they were measured with the same software.
+    result["stamp"] |= {"driver": "580", "packages": {"torch": "2.13.0"}}
+    out.write_text(json.dumps(result))
+    rest |= {"rows": [measured(9, 1)], "errors": [], "dropped": []}
+    again = ["bench", "moe", "--models", "qwen3-30b-a3b", "--keep", "--out", str(out)]
+    assert CliRunner().invoke(app, again).exit_code == 0
+    assert [row["model"] for row in json.loads(out.read_text())["rows"]] == ["qwen3-30b-a3b", "deepseek-v3"]
+    result["stamp"] = result["stamp"] | {"driver": "590"}
+    refused = CliRunner().invoke(app, again)
+    assert refused.exit_code == 2 and "with driver 580; allowed: a file of driver 590" in refused.stderr
+    out.unlink()
+    assert "which cannot be read" in CliRunner().invoke(app, again).stderr
 
     rest["errors"].append({"model": "minimax-like", "ep": 1, "provider": "plugin", "error": "wrong"})
     assert CliRunner().invoke(app, ["bench", "moe", "--out", str(out)]).exit_code == 1
