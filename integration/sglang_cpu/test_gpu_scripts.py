@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,33 @@ def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, server, tmp_path):
     assert built.model.layers[0].linear_attn.in_proj_qkvz.weight.dtype == torch.bfloat16
     with pytest.raises(Exception, match="(?i)shape|size"):
         qwen3_next(model, load_file(model / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_a_gpu_server_compiles_what_it_will_launch(qwen3_next, arguments, server, tmp_path, monkeypatch, drafts):
+    """The whole preparation but for the compiler: of SGLang's model and config, on what says it is an H200."""
+    from safetensors.torch import load_file
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    from moe_backend_plugin.device import Device
+    from moe_backend_plugin.engines.sglang import gdn
+    from moe_backend_plugin.gdn import cuda
+
+    copy = server.loadable(MODELS / "pycoder-next-nvfp4", tmp_path)
+    model, _ = qwen3_next(copy, load_file(copy / "model.safetensors").items())
+    compiled = []
+    monkeypatch.setattr(gdn, "device", lambda: Device("cuda", "NVIDIA H200", 0, (9, 0)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda.kernels, "device_architecture", lambda index: "sm_90a")
+    monkeypatch.setattr(cuda.kernels, "prepare", lambda family, variants, arch: compiled.extend(variants) or len(compiled))
+    states = SimpleNamespace(temporal=torch.empty(1), intermediate_ssm=torch.empty(1) if drafts else None)
+    pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=states))
+    config = model_config_of(arguments(copy, disable_radix_cache=True))
+    runner = SimpleNamespace(model=model, model_config=config, req_to_token_pool=pool, dtype=torch.bfloat16)
+    gdn.prepare(runner, verify=True)
+    assert {(v.state, v.tokens, v.heads_per_group) for v in compiled} == {("float32", "bfloat16", 2)}
+    assert {v.intermediate for v in compiled} == ({False, True} if drafts else {False})
+    assert all(v.write == "none" for v in compiled if v.intermediate)
 
 
 @pytest.mark.parametrize("options", [{}, {"tops": 5}, {"score_prompt": True}, {"stream": True}])

@@ -106,9 +106,9 @@ class Layer:
 
 
 @cache
-def prepare(layer: Layer, device: torch.device, *, speculative: bool) -> int:
-    """Compile and load whatever a server of this model can launch; returns how many kernels had to be compiled."""
-    return kernels.prepare(FAMILY, layer.variants(speculative=speculative), kernels.device_architecture(device.index or 0))
+def prepare(layer: Layer, device: torch.device, *, speculative: bool, verify: bool = False) -> int:
+    """Compile and load whatever a server of this model can launch (see :meth:`Layer.variants`); returns how many had to be compiled."""
+    return kernels.prepare(FAMILY, layer.variants(speculative=speculative, verify=verify), kernels.device_architecture(device.index or 0))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Gated-delta-net decode and verification of drafts in SGLang on this package's kernels; prefill stays SGLang's.
 
 Convolution, prefix-cache tracking (which copies slots after each step), and the commit of accepted drafts from the intermediate states
-are SGLang's as well. Nothing here has run on a GPU yet.
+are SGLang's as well.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 SGLang's standard dispatcher hands over the tokens and, under expert parallelism, ids of this rank's experts with -1 for the others; shared
 experts that are fused into the routed ones are the last of them. Router weights come with ``routed_scaling_factor`` applied: SGLang does
 that in its top-k where a method says ``fuse_routed_scaling_factor_in_topk``, as both methods of this package do.
-
-On a CPU this has served a model in SGLang's own server; the Hopper side has not run yet.
 """
 
 from __future__ import annotations
