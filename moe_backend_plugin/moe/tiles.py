@@ -61,16 +61,20 @@ TILES = {
     16: Shape(16, row_groups=4, row_blocks=2, k_blocks=4),
     32: Shape(32, row_groups=4, row_blocks=2, k_blocks=4),
     48: Shape(48, row_groups=2, row_blocks=2, k_blocks=4),
-    64: Shape(64, row_groups=2, row_blocks=2),
+    64: Shape(64, row_groups=2, row_blocks=2, k_blocks=4),
     80: Shape(80, row_groups=2, row_blocks=2),
     96: Shape(96, row_groups=2, row_blocks=2),
+    112: Shape(112, row_groups=2, row_blocks=2),
     128: Shape(128, row_groups=2, row_blocks=2),
     144: Shape(144, row_groups=2, row_blocks=2, k_blocks=1),
 }
-COSTS = {8: 92, 16: 99, 32: 110, 48: 140, 64: 160, 80: 185, 96: 199, 128: 230, 144: 258}
+COSTS = {8: 92, 16: 103, 32: 110, 48: 140, 64: 160, 80: 185, 96: 199, 112: 214, 128: 230, 144: 258}
 """Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200)."""
 HALVES, HALF_COST = (80, 96, 128), 0.55
 """Tiles that have a path of half as many tokens, and what a tile that takes it costs."""
+FURTHER = 1.5
+"""What an expert's further tile costs, in its first one: while few experts have two, the others' thread blocks wait for those. Fitted to what
+the tuner found between the powers of two (integration/bench/NOTES.md)."""
 TILE_COST, LAST_ROUND = 16384, 0.6
 """What begins and ends a tile of 8 tokens, in weights that could be read meanwhile; the least a round takes, in full rounds."""
 LARGE, LARGE_TILE = 384, 128
@@ -118,7 +122,7 @@ def expected_tiles(mean: float, tile: int) -> float:
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
     active, mean = active_experts(problem, tokens), mean_tokens(problem, tokens)
-    tile = min(COSTS, key=lambda tile: COSTS[tile] * expected_tiles(mean, tile)) if mean < LARGE else LARGE_TILE
+    tile = min(COSTS, key=lambda tile: COSTS[tile] * (1 + FURTHER * (expected_tiles(mean, tile) - 1))) if mean < LARGE else LARGE_TILE
     if tile in TILES:
         return Choice(TILES[tile], TILES[tile])
 

@@ -160,6 +160,35 @@ def test_files_of_the_package_serve_where_the_user_has_none(tmp_path, monkeypatc
     assert table().of(1) == B
 
 
+def shipped_entries() -> list[dict]:
+    found = [entry for file in sorted(tactic_cache.SHIPPED.glob("*.json")) for entry in tactic_cache.read(file)]
+    assert found, "the package ships no tuned tactics"
+    return found
+
+
+def test_what_the_package_ships_was_tuned_with_these_kernels_and_is_served():
+    for entry in shipped_entries():
+        stamp, described = entry["stamp"], dict(entry["problem"])
+        assert stamp["kernel"] == tactic_cache.kernel_hash(), "tune again, or take the file out: no server would use it"
+        assert getattr(torch, described.pop("tokens")) is BF16
+        problem = MoEProblem(**described | {"activation": Activation(**described["activation"])})
+        served = table(problem, kind=Kind(stamp["device"], stamp["multiprocessors"], "another driver"))
+        assert {str(b.last): tactics.name(b.tactic) for b in served.buckets} == {k: b["tactic"] for k, b in entry["buckets"].items()}
+
+
+def test_the_heuristic_is_within_five_percent_of_what_was_tuned():
+    """At the token counts of the benchmark grid, by the times of the tuning run."""
+    for entry in shipped_entries():
+        described = {name: value for name, value in entry["problem"].items() if name != "tokens"}
+        problem = MoEProblem(**described | {"activation": Activation(**described["activation"])})
+        grid = {int(last): bucket for last, bucket in entry["buckets"].items() if int(last).bit_count() == 1}
+        assert {1, 16, 256} <= set(grid)
+        for last, bucket in grid.items():
+            times = {bucket["tactic"]: bucket["us"], bucket["heuristic"]: bucket["heuristic_us"]}
+            chosen = tactics.name(tiles.choose(problem, last, entry["stamp"]["multiprocessors"]))
+            assert chosen in times and times[chosen] <= 1.05 * bucket["us"] <= 1.05 * bucket["heuristic_us"], (last, chosen, bucket)
+
+
 def test_load_reads_once_and_only_if_told_to(monkeypatch):
     monkeypatch.setattr(Kind, "of", classmethod(lambda cls, device: KIND))
     assert not tactics.load(SMALL, BF16, 0)
