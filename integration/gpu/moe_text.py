@@ -5,8 +5,8 @@
 64 prompts of 256 tokens are continued by 256 greedy tokens (decoded_text.py says how they are compared), so that prefills (16,384 tokens
 in a call) and decodes (64 tokens in a call, through CUDA graphs) are both looked at, with this package's expert kernels and with vLLM's
 Marlin.  Stores one row a run; exits 1 where the perplexity of prompts or of decoded tokens differs by more than 0.5 % from
-transformers' on the dequantised weights, or a layer was served by another provider than the one asked for.  ``--texts``: store the first
-provider's prompts and tokens too, for sglang_text.py, which runs in another environment.
+transformers' on the dequantised weights, or a layer was served by another provider than the one asked for.  ``--texts``: store prompts
+and every provider's tokens too, for sglang_text.py, which runs in another environment.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ def main() -> None:
     texts: dict[str, dict] = {}
 
     def rows(name: str):
+        providers = iter(arguments.providers)
+
         def keep(found: dict) -> dict:
-            if arguments.texts and name not in texts:
-                texts[name] = {"prompts": found["prompts"], "texts": found["texts"]}
+            texts.setdefault(name, {"prompts": found["prompts"]})[next(providers)] = found["texts"]
+            if arguments.texts:
                 arguments.texts.write_text(json.dumps(texts) + "\n")
             return {}
 

@@ -99,10 +99,16 @@ def test_workers_note_errors_and_go_on(scripts):
 
 def test_texts_are_compared_with_vllms(scripts):
     ours = {"prompts": [[1], [2], [3]], "texts": [[7] * 256, [7] * 64 + [8] * 192, [8] * 256]}
-    stored = {"prompts": [[1], [2], [3]], "texts": [[7] * 256] * 3}
-    assert scripts.text.as_vllm(ours, stored) == {"as_vllm_16": 2, "as_vllm_64": 2, "as_vllm_256": 1}
+    stored = {"prompts": [[1], [2], [3]], "plugin": [[7] * 256] * 3}
+    as_vllm = {"as_vllm_16": 2, "as_vllm_64": 2, "as_vllm_256": 1}
+    assert scripts.text.as_vllm(ours, stored, "cutedsl") == as_vllm
+    assert scripts.text.as_vllm(ours, stored, "sglang") == {}
+    stored["vllm"] = [[7] * 16 + [9] * 240, [7] * 256, [7] * 256]
+    both = {"in_vllm_16": 3, "in_vllm_64": 2, "in_vllm_256": 2}
+    assert scripts.text.as_vllm(ours, stored, "cutedsl") == as_vllm | both
+    assert scripts.text.as_vllm(ours, stored, "sglang") == {"as_vllm_16": 2, "as_vllm_64": 1, "as_vllm_256": 0} | both
     with pytest.raises(SystemExit, match="other prompts"):
-        scripts.text.as_vllm({**ours, "prompts": [[1], [2], [4]]}, stored)
+        scripts.text.as_vllm({**ours, "prompts": [[1], [2], [4]]}, stored, "cutedsl")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +117,8 @@ def test_texts_are_compared_with_vllms(scripts):
         ({}, True),
         ({"relative_perplexity": 0.006}, False),
         ({"prompt_relative_perplexity": -0.006}, False),
-        ({"as_vllm_64": 29}, False),
-        ({"as_vllm_64": 30, "as_vllm_256": 20}, True),
+        ({"as_vllm_16": 29}, False),
+        ({"as_vllm_16": 30, "as_vllm_64": 20}, True),
         ({"served_by": None}, False),
         ({"served_by": None, "provider": "sglang"}, True),
     ],
