@@ -41,7 +41,9 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
         quantization="nvfp4_cutedsl",
         dtype="bfloat16",
         max_model_len=1024,
-        gpu_memory_utilization=0.2,
+        # Named, so that vLLM does not measure what is free, and other servers can start on the GPU meanwhile.
+        kv_cache_memory_bytes=16 << 30,
+        gpu_memory_utilization=0.15,
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         additional_config={"moe_backend_plugin": settings},
         **engine,

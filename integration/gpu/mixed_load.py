@@ -40,7 +40,6 @@ def parser(description: str | None, out: str, log: str) -> argparse.ArgumentPars
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--minutes", type=float, default=8)
     found.add_argument("--clients", type=int, default=256)
-    found.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for the server: several runs fit on one")
     found.add_argument("--out", type=Path, default=RESULTS / out)
     found.add_argument("--log", type=Path, default=Path(log))
     return found
@@ -53,13 +52,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(model: Path, settings: dict, log: Path, port: int, memory: float, *further: str) -> subprocess.Popen:
-    """vLLM's server with this package's ``settings`` and ``further`` arguments, once it answers."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "nvfp4_cutedsl"]
-    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
-    command += ["--enable-prefix-caching", "--gpu-memory-utilization", str(memory), "--no-enable-log-requests"]
-    command += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
-    command += ["--additional-config", json.dumps({"moe_backend_plugin": settings}), *further]
+CACHE_BYTES = 16 << 30
+"""Of keys, values and states: named, so that vLLM does not measure what is free, and several servers can start on a GPU at once."""
+
+
+def command_of(model: Path, settings: dict, port: int, further: Sequence[str]) -> list[str]:
+    """vLLM's server with this package's ``settings`` and ``further`` arguments."""
+    found = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "nvfp4_cutedsl"]
+    found += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
+    found += ["--enable-prefix-caching", "--no-enable-log-requests"]
+    found += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
+    found += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
+    return [*found, "--additional-config", json.dumps({"moe_backend_plugin": settings}), *further]
+
+
+def start(command: Sequence[str], log: Path, port: int) -> subprocess.Popen:
+    """The server, once it answers."""
     server = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -210,9 +218,10 @@ def measure(
     """Serve ``model`` in vLLM, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went
     wrong."""
     port = free_port()
+    serve_command = command_of(model, settings, port, further)
 
     def serve() -> subprocess.Popen:
-        return start(model, settings, arguments.log, port, arguments.memory, *further)
+        return start(serve_command, arguments.log, port)
 
     record(arguments, model, cell, serve, lambda: OpenAI.connect(port), command, kernel)
 

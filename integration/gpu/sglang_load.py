@@ -50,7 +50,6 @@ def main() -> None:
     arguments = options.parse_args()
     model, provider = MODELS / arguments.model, arguments.provider
     further = ["--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend]
-    further += ["--mem-fraction-static", str(arguments.memory)]
 
     scratch = tempfile.TemporaryDirectory()
 

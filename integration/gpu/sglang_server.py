@@ -71,7 +71,9 @@ def command(model: Path, provider: str, further: Sequence[str] = ()) -> list[str
     """The server's command line: graphs and radix cache are on, as they are by default."""
     found = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "bfloat16", "--port", str(PORT)]
     found += ["--context-length", "1024", "--max-running-requests", "256", "--chunked-prefill-size", "16384"]
-    found += ["--mem-fraction-static", "0.5"]
+    # SGLang counts what other processes take while it starts as its own: a large share, of which it may use little.
+    found += ["--mem-fraction-static", "0.8", "--max-total-tokens", "1000000"]
+    found += ["--max-mamba-cache-size", "4096"] if "next" in model.name else []
     # A few sizes of graphs: for prefill SGLang would capture dozens.
     for phase, sizes in (("decode", (1, 2, 4, 8, 16, 32, 64, 128, 256)), ("prefill", (64, 512, 4096))):
         found += [f"--cuda-graph-bs-{phase}", *map(str, sizes)]

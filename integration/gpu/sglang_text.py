@@ -45,7 +45,7 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str, memory: str) -> dict:
+def child(name: str, provider: str, attention: str, sampling: str) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -54,8 +54,7 @@ def child(name: str, provider: str, attention: str, sampling: str, memory: str) 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         served = sglang_server.loadable(model, Path(folder))
-        backends = ["--attention-backend", attention, "--sampling-backend", sampling]
-        server = sglang_server.start(served, provider, log, *backends, "--mem-fraction-static", memory)
+        server = sglang_server.start(served, provider, log, "--attention-backend", attention, "--sampling-backend", sampling)
         try:
             found = asyncio.run(ask(prompts))
         finally:
@@ -92,19 +91,16 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
-    parser.add_argument(
-        "--memory", type=float, default=0.5, help="SGLang's --mem-fraction-static, which counts what others hold as its own"
-    )
     parser.add_argument("--vllm-texts", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         hand_back(child(*arguments.child))
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
     backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
-    runs = [{"provider": provider, **backends, "memory": arguments.memory} for provider in arguments.providers]
+    runs = [{"provider": provider, **backends} for provider in arguments.providers]
 
     def rows(name: str):
         providers = iter(arguments.providers)

@@ -30,6 +30,7 @@ def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
     made = sglang.prepare_server_args(command[3:])
     assert (made.moe_runner_backend, made.linear_attn_decode_backend) == (runner, decode)
     assert (made.attention_backend, made.sampling_backend, made.max_running_requests) == ("triton", "pytorch", 256)
+    assert (made.max_total_tokens, made.max_mamba_cache_size) == (1_000_000, 4096)
     assert not made.disable_radix_cache and not made.disable_cuda_graph and not made.disable_decode_cuda_graph
 
 

@@ -73,8 +73,8 @@ COSTS = {8: 92, 16: 103, 32: 110, 48: 140, 64: 160, 80: 185, 96: 199, 112: 214, 
 HALVES, HALF_COST = (80, 96, 128), 0.55
 """Tiles that have a path of half as many tokens, and what a tile that takes it costs."""
 FURTHER = 1.5
-"""What an expert's further tile costs, in its first one: while few experts have two, the others' thread blocks wait for those. Fitted to what
-the tuner found between the powers of two (integration/bench/NOTES.md)."""
+"""What an expert's further tile costs, in its first one: while few experts have two, all others' thread blocks wait for those. Fitted to
+what the tuner found between the powers of two (integration/bench/NOTES.md)."""
 TILE_COST, LAST_ROUND = 16384, 0.6
 """What begins and ends a tile of 8 tokens, in weights that could be read meanwhile; the least a round takes, in full rounds."""
 LARGE, LARGE_TILE = 384, 128
