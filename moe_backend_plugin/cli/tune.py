@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from moe_backend_plugin.moe.families import Family, Tactic
     from moe_backend_plugin.moe.problem import MoEProblem
     from moe_backend_plugin.moe.tactic_cache import Kind
-    from moe_backend_plugin.moe.tuner import Case, Conditions
+    from moe_backend_plugin.moe.tuner import Case, Conditions, Tuned
 
 BIASES = ("unequal-allocations", "capped", "random-inputs", "warm-l2")
 CAP = 8192
@@ -111,7 +112,7 @@ def tune(
                 family=family,
             ):
                 tactic_cache.write_bucket(path, problem, tokens, machine.kind, found.last, found.as_dict())
-                step()
+                step(found)
     except tuner.Struck as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_WRONG) from None
@@ -231,12 +232,23 @@ def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[...
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A bar on stderr: (say what is under way, one bucket is done)."""
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Tuned], None]]]:
+    """A bar on stderr, or in a log a line for each bucket: (say what is under way, one bucket is done)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        numbers = count(1)
+
+        def line(found: Tuned) -> None:
+            times = f"{found.us:.1f} us, the heuristic's {found.heuristic_us:.1f}"
+            name = found.family.name(found.tactic)
+            print(f"bucket {next(numbers)} of {total}, to {found.last} tokens: {name}, {times}", file=sys.stderr, flush=True)
+
+        yield lambda what: None, line
+        return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("buckets"), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
-        yield lambda what: bar.update(task, description=what), lambda: bar.advance(task)
+        yield lambda what: bar.update(task, description=what), lambda found: bar.advance(task)

@@ -75,6 +75,9 @@ def test_tunes_a_shape(gpu, tmp_path):
     assert list(entry["buckets"]) == list(map(str, edges)) and entry["stamp"] == KIND.stamp
     assert str(path) in result.stdout and "gain" in result.stdout and f"{edges[-2] + 1}..16" in result.stdout
     assert f"of {len(edges)} buckets left the heuristic's tactic" in result.stdout
+    # In a log, where there is no bar, a line says that a bucket is done.
+    said = [line.partition(":")[0] for line in result.stderr.splitlines() if line.startswith("bucket ")]
+    assert said == [f"bucket {n} of {len(edges)}, to {edge} tokens" for n, edge in enumerate(edges, 1)]
     assert (tmp_path / "plot.svg").read_text().lstrip().startswith("<?xml")
     assert tactic_cache.table(problem, dtype, KIND).of(9) == tactics.parse(entry["buckets"]["16"]["tactic"])
 
