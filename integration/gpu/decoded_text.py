@@ -6,6 +6,7 @@ log-probabilities that vLLM gave its own tokens are compared with those of trans
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -65,6 +66,17 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
         scored = [chosen(prompt[1:], request.prompt_logprobs[1:]) for prompt, request in zip(prompts, done, strict=True)]
         found["prompt_logprobs"] = scored
     return found
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """Options for several GPUs."""
+    parser.add_argument("--gpus", type=int, default=1, help="tensor parallel over so many")
+    parser.add_argument("--expert-parallel", action="store_true", help="with --gpus: whole experts on each instead of parts of all")
+
+
+def parallel_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Columns of a row, and further arguments of a child; none on one GPU."""
+    return {"gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel} if arguments.gpus > 1 else {}
 
 
 def compare(found: dict, reference: Path, device: str = "cuda") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 import sglang_server
-from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, hand_back, measure, record, same_perplexity
+from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, add_parallel, hand_back, measure, parallel_of, record, same_perplexity
 from mixed_load import stop
 
 from moe_backend_plugin.bench.moe import KERNELS
@@ -45,7 +45,7 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str) -> dict:
+def child(name: str, provider: str, attention: str, sampling: str, gpus: str = "1", expert_parallel: str = "False") -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -54,7 +54,9 @@ def child(name: str, provider: str, attention: str, sampling: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         served = sglang_server.loadable(model, Path(folder))
-        server = sglang_server.start(served, provider, log, "--attention-backend", attention, "--sampling-backend", sampling)
+        further = ["--attention-backend", attention, "--sampling-backend", sampling, "--tp-size", gpus]
+        further += ["--ep-size", gpus] if expert_parallel == "True" else []
+        server = sglang_server.start(served, provider, log, *further)
         try:
             found = asyncio.run(ask(prompts))
         finally:
@@ -92,15 +94,16 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
     parser.add_argument("--vllm-texts", type=Path)
+    add_parallel(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         hand_back(child(*arguments.child))
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
     backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
-    runs = [{"provider": provider, **backends} for provider in arguments.providers]
+    runs = [{"provider": provider, **backends, **parallel_of(arguments)} for provider in arguments.providers]
 
     def rows(name: str):
         providers = iter(arguments.providers)
