@@ -80,6 +80,14 @@ def command(model: Path, provider: str, further: Sequence[str] = ()) -> list[str
     return [*found, *provider_arguments(provider, model.name), *further]
 
 
+def drafting(drafts: int) -> list[str]:
+    """Arguments for so many n-gram drafts a step, none for 0. SGLang counts the token that they follow, and calls a chain breadth 1."""
+    if not drafts:
+        return []
+    found = ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(drafts + 1)]
+    return [*found, "--speculative-ngram-max-bfs-breadth", "1"]
+
+
 def start(model: Path, provider: str, log: Path, *further: str) -> subprocess.Popen:
     """The server, once it has answered a request of its own; ends the program with the log if it does not."""
     server = subprocess.Popen(command(model, provider, further), stdout=log.open("wb"), stderr=subprocess.STDOUT)

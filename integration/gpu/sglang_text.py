@@ -45,7 +45,7 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str, gpus: str = "1", expert_parallel: str = "False") -> dict:
+def child(name: str, provider: str, attention: str, sampling: str, drafts: str, gpus: str = "1", expert_parallel: str = "False") -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -56,6 +56,7 @@ def child(name: str, provider: str, attention: str, sampling: str, gpus: str = "
         served = sglang_server.loadable(model, Path(folder))
         further = ["--attention-backend", attention, "--sampling-backend", sampling, "--tp-size", gpus]
         further += ["--ep-size", gpus] if expert_parallel == "True" else []
+        further += sglang_server.drafting(int(drafts))
         server = sglang_server.start(served, provider, log, *further)
         try:
             found = asyncio.run(ask(prompts))
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
     parser.add_argument("--vllm-texts", type=Path)
+    parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts a step, in a chain: GDN verifies them in one call")
     add_parallel(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -103,7 +105,7 @@ def main() -> None:
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
     backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
-    runs = [{"provider": provider, **backends, **parallel_of(arguments)} for provider in arguments.providers]
+    runs = [{"provider": provider, **backends, "drafts": arguments.drafts, **parallel_of(arguments)} for provider in arguments.providers]
 
     def rows(name: str):
         providers = iter(arguments.providers)

@@ -34,6 +34,13 @@ def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
     assert not made.disable_radix_cache and not made.disable_cuda_graph and not made.disable_decode_cuda_graph
 
 
+def test_drafts_are_a_chain_of_ngrams(sglang, server):
+    command = server.command(MODELS / "pycoder-next-nvfp4", "cutedsl", server.drafting(3))
+    made = sglang.prepare_server_args(command[3:])
+    assert (made.speculative_algorithm, made.speculative_num_draft_tokens, made.speculative_ngram_max_bfs_breadth) == ("NGRAM", 4, 1)
+    assert server.drafting(0) == []
+
+
 def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, server, tmp_path):
     """And not the model itself: once it does, the copy is not needed."""
     from safetensors.torch import load_file
