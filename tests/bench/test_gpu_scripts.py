@@ -20,8 +20,9 @@ def scripts():
     import mixed_load
     import sglang_server
     import sglang_text
+    import tuner_agreement
 
-    yield type("Scripts", (), {"load": mixed_load, "server": sglang_server, "text": sglang_text})
+    yield type("Scripts", (), {"load": mixed_load, "server": sglang_server, "text": sglang_text, "agreement": tuner_agreement})
     sys.path.remove(str(ROOT / "integration/gpu"))
 
 
@@ -215,3 +216,30 @@ def test_the_client_refuses_short_answers_and_leaves_streams(scripts, monkeypatc
 
     asyncio.run(run())
     assert asked[0] == scripts.server.payload([3], 3) and asked[-1]["stream"]
+
+
+def tuned(*chosen: str, problem: str = "p") -> dict:
+    buckets = {str(2**i): {"tactic": tactic} for i, tactic in enumerate(chosen)}
+    return {"entries": [{"problem": problem, "stamp": "s", "buckets": buckets}]}
+
+
+def test_two_tuning_runs_are_compared_bucket_by_bucket(scripts):
+    problem, rows = scripts.agreement.paired(tuned("a", "b"), tuned("a", "c"))
+    assert problem == "p" and [(row["tokens"], row["agree"]) for row in rows] == [(1, True), (2, False)]
+    many = [{"agree": True, "loss": 0.0}] * 19
+    assert scripts.agreement.within(many) and scripts.agreement.within([*many, {"agree": False, "loss": 0.01}])
+    assert not scripts.agreement.within([*many, {"agree": False, "loss": 0.011}])
+    assert not scripts.agreement.within([*many[1:], {"agree": False, "loss": 0.0}])
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (tuned("a", problem="q"), "problem: found p and q"),
+        (tuned("a", "b"), "buckets: found 1 and 1, 2"),
+        ({"entries": []}, "1 and 0 entries"),
+    ],
+)
+def test_runs_of_other_layers_are_not_compared(scripts, other, words):
+    with pytest.raises(SystemExit, match=words):
+        scripts.agreement.paired(tuned("a"), other)

@@ -176,6 +176,12 @@ def test_what_the_package_ships_was_tuned_with_these_kernels_and_is_served():
         assert {str(b.last): tactics.name(b.tactic) for b in served.buckets} == {k: b["tactic"] for k, b in entry["buckets"].items()}
 
 
+def test_what_was_tuned_is_not_slower_than_the_heuristic():
+    for entry in shipped_entries():
+        for last, bucket in entry["buckets"].items():
+            assert bucket["us"] <= 1.01 * bucket["heuristic_us"], (last, bucket)
+
+
 def test_the_heuristic_is_within_five_percent_of_what_was_tuned():
     """At the token counts of the benchmark grid, by the times of the tuning run."""
     for entry in shipped_entries():
