@@ -103,6 +103,7 @@ def test_the_file_chooses_the_gdn_kernels(arguments, settings, provider, expecte
         ("moe: {provider: engine}\n", "moe.provider 'engine'"),
         ("moe: {providr: auto}\n", "moe.providr"),
         ("gdn: {provider: engine}\n", "gdn.provider 'engine'"),
+        ("strict: true\nlinear: {provider: torch}\n", "strict: found true with linear.provider 'torch'"),
     ],
 )
 def test_a_file_that_contradicts_the_flags_is_refused(arguments, settings, text, words):
@@ -110,6 +111,12 @@ def test_a_file_that_contradicts_the_flags_is_refused(arguments, settings, text,
     with pytest.raises(PluginError) as error:
         arguments(**GDN, linear_attn_decode_backend="cutedsl_plugin")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_the_file_says_of_dense_layers_is_not_ignored_in_silence(arguments, settings, caplog):
+    settings("linear: {provider: torch}\n")
+    arguments(MOE_MODEL, moe_runner_backend="cutedsl")
+    assert "Dense NVFP4 layers stay on SGLang's kernels; not used: linear.provider 'torch'" in caplog.text
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,14 @@ def test_an_unknown_backend_lists_the_choices():
     assert str(error.value) == ("--moe-runner-backend: found 'cutedls'; allowed: auto, marlin, cutedsl (did you mean cutedsl?)")
 
 
+def test_settings_of_dense_layers_are_not_ignored_in_silence():
+    assert arguments.dense_by_file("auto", "auto", False) is None and arguments.dense_by_file("engine", "auto", True) is None
+    said = arguments.dense_by_file("cutedsl", "nvfp4", False)
+    assert said == "Dense NVFP4 layers stay on SGLang's kernels; not used: linear.provider 'cutedsl', linear.activations 'nvfp4'"
+    with pytest.raises(ConfigError, match="^strict: found true with linear.provider 'torch'; allowed: auto"):
+        arguments.dense_by_file("torch", "auto", True)
+
+
 @pytest.mark.parametrize("quantization", arguments.QUANTIZATIONS)
 def test_nvfp4_checkpoints_are_taken(quantization):
     arguments.refuse(quantization, "none")

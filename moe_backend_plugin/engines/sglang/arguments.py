@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedLayerError
 from . import GDN_BACKEND, MOE_BACKEND
 
+logger = logging.getLogger("sglang.moe_backend_plugin")
 FLAG = f"--moe-runner-backend {MOE_BACKEND}"
 ALIAS, FIELD = "moe_backend", "moe_runner_backend"
 QUANTIZATIONS = ("modelopt_fp4", "modelopt_mixed", "compressed-tensors")
@@ -75,6 +77,15 @@ def gdn_by_file(provider: str, decode: str | None, base: str) -> str | None:
     return GDN_BACKEND if provider == "cutedsl" and decode is None and base == "triton" else None
 
 
+def dense_by_file(provider: str, activations: str, strict: bool) -> str | None:
+    """What to say of settings for dense NVFP4 layers, which stay SGLang's; None if there are none. Raises ConfigError if ``strict``."""
+    asked = {"linear.provider": provider, "linear.activations": activations}
+    unused = [f"{name} {value!r}" for name, value in asked.items() if value not in ("auto", "engine")]
+    if unused and strict:
+        raise ConfigError("strict", f"true with {' and '.join(unused)}", "auto: dense NVFP4 layers stay on SGLang's kernels")
+    return f"Dense NVFP4 layers stay on SGLang's kernels; not used: {', '.join(unused)}" if unused else None
+
+
 # --- resolution of arguments: (server_args, previous), see SGLang's resolution_hooks ----------------------------------------------------
 
 
@@ -102,9 +113,12 @@ def check_moe(server_args: Any, previous: Callable[[Any], None]) -> None:
         lora=bool(view.enable_lora or view.lora_paths),
         tbo=view.enable_two_batch_overlap,
     )
-    from .settings import moe_provider
+    from .settings import moe_provider, plugin_config
 
     moe_provider(FLAG)
+    config = plugin_config()
+    if said := dense_by_file(config.linear.provider, config.linear.activations, config.strict):
+        logger.warning(said)
 
 
 def choose_gdn(server_args: Any, previous: Callable[[Any], None]) -> None:
