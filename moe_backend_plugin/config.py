@@ -62,9 +62,9 @@ class LinearConfig(_Group):
 
     provider: KernelProvider = Field(
         "auto",
-        description="who runs dense NVFP4 layers: this package's CuTe DSL kernels (vLLM on Hopper) or torch ops (CPU), or the engine's own "
-        "kernels; auto takes this package's torch ops on a CPU, and the engine's kernels on a GPU, where this package's have not been "
-        "measured",
+        description="who runs dense NVFP4 layers in vLLM (in SGLang they stay SGLang's): this package's CuTe DSL kernels (Hopper) or torch "
+        "ops (CPU), or the engine's own kernels; auto takes this package's torch ops on a CPU, and the engine's kernels on a GPU, where "
+        "this package's have not been measured",
     )
     activations: Activations = Field(
         "auto",
