@@ -191,11 +191,12 @@ def _kept(file: Path, stamp: dict[str, Any]) -> dict[str, Any]:
     """The result in ``file``. Raises InputError if there is none, or of other kernels, packages, driver or device than ``stamp``'s."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        there = found["stamp"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError("--keep", f"{file}, which cannot be read ({error})", "a file that bench moe wrote") from None
     for name in ("kernel_hash", "device", "driver", "packages"):
-        if found["stamp"].get(name) != stamp[name]:
-            raise InputError("--keep", f"{file} with {name} {found['stamp'].get(name)}", f"a file of {name} {stamp[name]}")
+        if there.get(name) != stamp[name]:
+            raise InputError("--keep", f"{file} with {name} {there.get(name)}", f"a file of {name} {stamp[name]}")
     return found
 
 
