@@ -103,15 +103,15 @@ def test_vllm_reads_the_servers_command_line(scripts):
     """SGLang's is read in integration/sglang_cpu."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    command = scripts.load.command_of(Path("m"), {"moe": {"provider": "cutedsl"}}, 1234, ["--moe-backend", "marlin"])
+    model = scripts.load.MODELS / "pycoder-moe-nvfp4"
+    command = scripts.load.command_of(model, {"moe": {"provider": "cutedsl"}}, 1234, ["--moe-backend", "marlin"])
     assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     found = make_arg_parser(FlexibleArgumentParser()).parse_args(command[4:])
-    assert (found.model_tag, found.port, found.quantization) == ("m", 1234, "nvfp4_cutedsl")
-    assert found.kv_cache_memory_bytes == EngineArgs.from_cli_args(found).kv_cache_memory_bytes == 1 << 34
+    assert (found.model_tag, found.port, found.quantization) == (str(model), 1234, "nvfp4_cutedsl")
+    assert found.kv_cache_memory_bytes == scripts.load.CACHE_BYTES
     assert found.additional_config == {"moe_backend_plugin": {"moe": {"provider": "cutedsl"}}}
 
 
