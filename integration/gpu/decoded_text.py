@@ -37,18 +37,17 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
     prompts = windows(load_tokenizer(model), standard_library("verification"), prompt_tokens, PROMPTS, per_file=2)
-    llm = LLM(
-        str(model),
-        quantization="nvfp4_cutedsl",
-        dtype="bfloat16",
-        max_model_len=1024,
+    arguments: dict[str, Any] = {
+        "quantization": "nvfp4_cutedsl",
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
         # Named, so that vLLM does not measure what is free, and other servers can start on the GPU meanwhile.
-        kv_cache_memory_bytes=16 << 30,
-        gpu_memory_utilization=0.15,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        additional_config={"moe_backend_plugin": settings},
-        **engine,
-    )
+        "kv_cache_memory_bytes": 16 << 30,
+        "gpu_memory_utilization": 0.15,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "additional_config": {"moe_backend_plugin": settings},
+    }
+    llm = LLM(str(model), **(arguments | engine))
     sampling = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0 if score_prompts else None
     )
@@ -75,8 +74,8 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
 
 
 def parallel_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Columns of a row, and further arguments of a child; none on one GPU."""
-    return {"gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel} if arguments.gpus > 1 else {}
+    """Columns of a row, and further arguments of a child."""
+    return {"gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel}
 
 
 def compare(found: dict, reference: Path, device: str = "cuda") -> dict[str, Any]:

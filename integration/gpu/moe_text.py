@@ -1,7 +1,7 @@
 """On a GPU: what pycoder-moe and pycoder-next say is what transformers says of the same tokens.
 
     python integration/gpu/moe_text.py [--models pycoder-moe-nvfp4 ...] [--providers plugin vllm] [--texts FILE] [--out FILE]
-    python integration/gpu/moe_text.py --providers plugin --gpus 2 [--expert-parallel] --out FILE
+    python integration/gpu/moe_text.py --providers plugin [--gpus 2 [--expert-parallel]] [--compile] --out FILE
 
 64 prompts of 256 tokens are continued by 256 greedy tokens (decoded_text.py says how they are compared), so that prefills (16,384 tokens
 in a call) and decodes (64 tokens in a call, through CUDA graphs) are both looked at, with this package's expert kernels and with vLLM's
@@ -33,16 +33,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "moe_text_h200.json")
     parser.add_argument("--texts", type=Path)
     add_parallel(parser)
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--compile", action="store_true", help="with torch.compile and piecewise graphs, as vLLM has by default")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        model, provider, *parallel = arguments.child
-        engine = {"max_num_batched_tokens": 16384, **ENGINE[provider]}
-        if parallel:
-            engine |= {"tensor_parallel_size": int(parallel[0]), "enable_expert_parallel": parallel[1] == "True"}
+        model, provider, gpus, split, compiled = arguments.child
+        engine = {"max_num_batched_tokens": 16384, "tensor_parallel_size": int(gpus), "enable_expert_parallel": split == "True"}
+        engine |= ENGINE[provider] | ({"compilation_config": {}} if compiled == "True" else {})
         hand_back(generate(MODELS / model, 256, SETTINGS[provider], True, **engine))
         return
-    runs = [{"provider": provider, **parallel_of(arguments)} for provider in arguments.providers]
+    runs = [{"provider": provider, **parallel_of(arguments), "compile": arguments.compile} for provider in arguments.providers]
     texts: dict[str, dict] = {}
 
     def rows(name: str):

@@ -45,7 +45,7 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str, drafts: str, gpus: str = "1", expert_parallel: str = "False") -> dict:
+def child(name: str, provider: str, attention: str, sampling: str, drafts: str, gpus: str, split: str) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -55,7 +55,7 @@ def child(name: str, provider: str, attention: str, sampling: str, drafts: str, 
         log = Path(folder) / "server.log"
         served = sglang_server.loadable(model, Path(folder))
         further = ["--attention-backend", attention, "--sampling-backend", sampling, "--tp-size", gpus]
-        further += ["--ep-size", gpus] if expert_parallel == "True" else []
+        further += ["--ep-size", gpus] if split == "True" else []
         further += sglang_server.drafting(int(drafts))
         server = sglang_server.start(served, provider, log, *further)
         try:
@@ -90,7 +90,7 @@ def within(row: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=sglang_server.MODELS, default=sglang_server.MODELS)
+    parser.add_argument("--models", nargs=7, choices=sglang_server.MODELS, default=sglang_server.MODELS)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")

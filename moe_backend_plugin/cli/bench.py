@@ -127,11 +127,14 @@ def serve(
     ] = None,
     attention_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. triton.")] = None,
     sampling_backend: Annotated[str | None, typer.Option(help="SGLang's, for every provider, e.g. pytorch.")] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="vLLM with torch.compile and piecewise graphs, its default, which takes a minute more each.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             help="JSON file. Default: serve_<engine>_<device>.json, of qwen3-next serve_<engine>_qwen3-next_<device>.json, "
-            "in integration/bench/results or here."
+            "with --compile serve_<engine>_compile_<device>.json, in integration/bench/results or here."
         ),
     ] = None,
 ) -> None:
@@ -153,13 +156,16 @@ def serve(
     if settings and engine != "sglang":
         option = f"--{next(iter(settings)).replace('_', '-')}"
         raise InputError(option, f"--engine {engine}", "--engine sglang")
+    if compiled and engine != "vllm":
+        raise InputError("--compile", f"--engine {engine}", "--engine vllm")
+    batches = _numbers("--batch", batch, range(1, 1025))
     options = bench.Options(
         engine=engine,
         model=model,
         providers=_names("--providers", providers, list(bench.child_of(engine).PROVIDERS[model])),
-        batches=_numbers("--batch", batch, range(1, 1025)),
+        batches=batches,
         layers=layers or bench.LAYERS,
-        settings=settings,
+        settings=settings | ({"compilation_config": {"cudagraph_capture_sizes": [*(batches or bench.BATCHES)]}} if compiled else {}),
     )
     check_files(out, "--plot", None)
     device = find_device()  # the engines' processes need the memory, so this one leaves CUDA alone
@@ -169,9 +175,10 @@ def serve(
         raise InputError("bench serve", f"no package {engine}", f'pip install "moe-backend-plugin[{engine}]"')
     # Of the default model, command and file are named as they were before there was another.
     named = {} if model == bench.MODEL else {"model": model}
-    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in (named | settings).items())
+    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in (named | settings).items()) + " --compile" * compiled
     stamp = gpu_stamp(device.name, f"moe-backend bench serve --engine {engine}{further}", shape.kernels)
-    out = out or results_folder() / f"{'_'.join(['serve', engine, *named.values(), slug(device.name)])}.json"
+    parts = ["serve", engine, *named.values(), *["compile"] * compiled, slug(device.name)]
+    out = out or results_folder() / f"{'_'.join(parts)}.json"
     result = _run(bench.run(options, say=_say), stamp, out)
     if result["rows"]:
         columns = ("provider", "batch", "output tokens/s", "first token, ms", "prompt tokens/s")

@@ -363,6 +363,8 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     assert done.exit_code == 2 and "--engine: found 'tgi'; allowed: vllm, sglang" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--attention-backend", "triton"])
     assert done.exit_code == 2 and "--attention-backend: found --engine vllm; allowed: --engine sglang" in done.stderr
+    done = CliRunner().invoke(app, ["bench", "serve", "--engine", "sglang", "--compile"])
+    assert done.exit_code == 2 and "--compile: found --engine sglang; allowed: --engine vllm" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--model", "gpt"])
     assert done.exit_code == 2 and "--model: found 'gpt'; allowed: qwen3-30b-a3b, qwen3-next" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--model", "qwen3-next", "--layers", "6"])
@@ -378,7 +380,8 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     )
     monkeypatch.setattr(stamp, "results_folder", lambda: tmp_path)
     rows = [{"model": "qwen3-30b-a3b", "provider": "plugin", "batch": 1, "output_tok_s": 300.0, "first_token_ms": 4.0}]
-    monkeypatch.setattr(serve, "run", lambda options, say: iter([{"ceilings": {}, "rows": rows, "errors": []}]))
+    asked = []
+    monkeypatch.setattr(serve, "run", lambda options, say: asked.append(options) or iter([{"ceilings": {}, "rows": rows, "errors": []}]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     out = tmp_path / "serve_h200.json"
     further = ["--engine", engine, *(["--attention-backend", "triton"] if engine == "sglang" else [])]
@@ -396,3 +399,10 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     stored = json.loads((tmp_path / f"serve_{engine}_qwen3-next_h200.json").read_text())["stamp"]
     assert stored["kernel"] == [*moe.KERNELS, "gdn_decode"]
     assert stored["command"].startswith(f"moe-backend bench serve --engine {engine} --model qwen3-next")
+    if engine == "sglang":
+        return
+    assert asked[-1].settings == {}
+    done = CliRunner().invoke(app, ["bench", "serve", "--compile", "--batch", "8,1"])
+    stored = json.loads((tmp_path / "serve_vllm_compile_h200.json").read_text())["stamp"]
+    assert done.exit_code == 0 and stored["command"] == "moe-backend bench serve --engine vllm --compile"
+    assert asked[-1].settings == {"compilation_config": {"cudagraph_capture_sizes": [1, 8]}}
