@@ -67,15 +67,16 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
     return found
 
 
-def add_parallel(parser: argparse.ArgumentParser) -> None:
-    """Options for several GPUs."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of either engine."""
+    parser.add_argument("--fp32-logits", action="store_true", help="the output matrix in float32: bfloat16 logits tie often")
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallel over so many")
     parser.add_argument("--expert-parallel", action="store_true", help="with --gpus: whole experts on each instead of parts of all")
 
 
-def parallel_of(arguments: argparse.Namespace) -> dict[str, Any]:
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Columns of a row, and further arguments of a child."""
-    return {"gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel}
+    return {"fp32_logits": arguments.fp32_logits, "gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel}
 
 
 def compare(found: dict, reference: Path, device: str = "cuda") -> dict[str, Any]:

@@ -17,7 +17,7 @@ import json
 from itertools import chain
 from pathlib import Path
 
-from decoded_text import MODELS, RESULTS, add_parallel, generate, hand_back, measure, parallel_of, record, same_perplexity
+from decoded_text import MODELS, RESULTS, add_options, generate, hand_back, measure, options_of, record, same_perplexity
 
 from moe_backend_plugin.bench.moe import KERNELS
 
@@ -32,17 +32,18 @@ def main() -> None:
     parser.add_argument("--providers", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--out", type=Path, default=RESULTS / "moe_text_h200.json")
     parser.add_argument("--texts", type=Path)
-    add_parallel(parser)
+    add_options(parser)
     parser.add_argument("--compile", action="store_true", help="with torch.compile and piecewise graphs, as vLLM has by default")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        model, provider, gpus, split, compiled = arguments.child
+        model, provider, fp32, gpus, split, compiled = arguments.child
         engine = {"max_num_batched_tokens": 16384, "tensor_parallel_size": int(gpus), "enable_expert_parallel": split == "True"}
         engine |= ENGINE[provider] | ({"compilation_config": {}} if compiled == "True" else {})
+        engine |= {"hf_overrides": {"head_dtype": "float32"}} if fp32 == "True" else {}
         hand_back(generate(MODELS / model, 256, SETTINGS[provider], True, **engine))
         return
-    runs = [{"provider": provider, **parallel_of(arguments), "compile": arguments.compile} for provider in arguments.providers]
+    runs = [{"provider": provider, **options_of(arguments), "compile": arguments.compile} for provider in arguments.providers]
     texts: dict[str, dict] = {}
 
     def rows(name: str):

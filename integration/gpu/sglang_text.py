@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 import sglang_server
-from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, add_parallel, hand_back, measure, parallel_of, record, same_perplexity
+from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, add_options, hand_back, measure, options_of, record, same_perplexity
 from mixed_load import stop
 
 from moe_backend_plugin.bench.moe import KERNELS
@@ -45,7 +45,7 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str, drafts: str, gpus: str, split: str) -> dict:
+def child(name: str, provider: str, attention: str, sampling: str, drafts: str, fp32: str, gpus: str, split: str) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -56,6 +56,7 @@ def child(name: str, provider: str, attention: str, sampling: str, drafts: str, 
         served = sglang_server.loadable(model, Path(folder))
         further = ["--attention-backend", attention, "--sampling-backend", sampling, "--tp-size", gpus]
         further += ["--ep-size", gpus] if split == "True" else []
+        further += ["--enable-fp32-lm-head"] if fp32 == "True" else []
         further += sglang_server.drafting(int(drafts))
         server = sglang_server.start(served, provider, log, *further)
         try:
@@ -90,13 +91,13 @@ def within(row: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs=7, choices=sglang_server.MODELS, default=sglang_server.MODELS)
+    parser.add_argument("--models", nargs=8, choices=sglang_server.MODELS, default=sglang_server.MODELS)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
     parser.add_argument("--vllm-texts", type=Path)
     parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts a step, in a chain: GDN verifies them in one call")
-    add_parallel(parser)
+    add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -105,7 +106,7 @@ def main() -> None:
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
     backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
-    runs = [{"provider": provider, **backends, "drafts": arguments.drafts, **parallel_of(arguments)} for provider in arguments.providers]
+    runs = [{"provider": provider, **backends, "drafts": arguments.drafts, **options_of(arguments)} for provider in arguments.providers]
 
     def rows(name: str):
         providers = iter(arguments.providers)

@@ -36,7 +36,8 @@ def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
 
 def test_drafts_are_a_chain_of_ngrams(sglang, server):
     command = server.command(MODELS / "pycoder-next-nvfp4", "cutedsl", server.drafting(3))
-    made = sglang.prepare_server_args(command[3:])
+    made = sglang.prepare_server_args([*command[3:], "--enable-fp32-lm-head"])
+    assert made.enable_fp32_lm_head
     assert (made.speculative_algorithm, made.speculative_num_draft_tokens, made.speculative_ngram_max_bfs_breadth) == ("NGRAM", 4, 1)
     assert server.drafting(0) == []
 
