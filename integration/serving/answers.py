@@ -52,12 +52,18 @@ def complete_together(server: Server, requests: list[tuple[str, int]]) -> tuple[
     return [future.result() for future in futures], most
 
 
-def assert_answers_do_not_depend_on_the_batch(server: Server, requests: list[tuple[str, int]], every: int = 1, running: int = 32) -> None:
-    """All requests at once are answered as each ``every``-th is alone, with at least ``running`` of them running at one moment."""
+def assert_answers_do_not_depend_on_the_batch(server: Server, requests: list[tuple[str, int]], every: int = 1, running: int = 8) -> None:
+    """All requests at once are answered as each ``every``-th is alone, with at least ``running`` of them running at one moment.
+
+    The server's own count says how many run. A busy one gives it only now and then, mostly when few are left, so the bound is far below
+    the number of requests.
+    """
     alone = [complete(server, *request) for request in requests[::every]]
-    for _ in range(3):  # a busy server says only now and then how many it runs
-        together, most = complete_together(server, requests)
+    most = 0.0
+    for _ in range(5):
+        together, seen = complete_together(server, requests)
         assert_same_answers(alone, together[::every], requests[::every])
+        most = max(most, seen)
         if most >= running:
             return
     raise AssertionError(f"at most {most:.0f} requests ran at one moment: this was no test of a batch")
