@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "integration/bench"))
 from child import hand_back as hand_back  # noqa: E402
 from child import run_child  # noqa: E402
+from mixed_load import CACHE  # noqa: E402
 from stamp import gpu_stamp  # noqa: E402
 
 MODELS = ROOT / "integration/models"
@@ -41,9 +42,7 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
         "quantization": "nvfp4_cutedsl",
         "dtype": "bfloat16",
         "max_model_len": 1024,
-        # Named, so that vLLM does not measure what is free, and other servers can start on the GPU meanwhile.
-        "kv_cache_memory_bytes": 16 << 30,
-        "gpu_memory_utilization": 0.15,
+        **CACHE,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         "additional_config": {"moe_backend_plugin": settings},
     }
@@ -75,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Columns of a row, and further arguments of a child."""
+    """Their columns of a row."""
     return {"fp32_logits": arguments.fp32_logits, "gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel}
 
 
@@ -107,11 +106,11 @@ def _figures(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]])
 
 
 def measure(
-    script: str, model: Path, runs: Sequence[dict[str, Any]], said: str, more: Callable[[dict], dict] | None = None
+    script: str, model: Path, runs: Sequence[dict[str, Any]], said: str, more: Callable[[dict, dict], dict] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of ``runs``, whose values are the arguments of ``script --child`` for it, after the model's name.
+    """A row for each of ``runs``: what ``script --child MODEL RUN`` (a run as JSON) hands back, compared.
 
-    ``said``: the line of the engine's log that says who serves the layers. ``more``: further columns, from what the child handed back.
+    ``said``: the line of the engine's log that says who serves the layers. ``more``: further columns, of what came back and the run.
     """
     from moe_backend_plugin.verify import dequantize_checkpoint
 
@@ -119,7 +118,7 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         reference = dequantize_checkpoint(model, Path(scratch) / "reference")
         for run in runs:
-            found, log = run_child(script, "--child", model.name, *map(str, run.values()))
+            found, log = run_child(script, "--child", model.name, json.dumps(run))
             first = first or found["texts"]
             served = [line for line in log.splitlines() if said in line]
             yield {
@@ -127,7 +126,7 @@ def measure(
                 **run,
                 **compare(found, reference),
                 "texts_as_first_run": sum(a == b for a, b in zip(found["texts"], first, strict=True)),
-                **(more(found) if more else {}),
+                **(more(found, run) if more else {}),
                 "served_by": served[0].split("served by: ")[-1] if served else None,
             }
 

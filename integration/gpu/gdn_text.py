@@ -10,6 +10,7 @@ Stores one row a run; exits 1 where the two perplexities differ by more than 0.5
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from decoded_text import MODELS, RESULTS, generate, hand_back, measure, record, same_perplexity
@@ -26,25 +27,26 @@ RUNS = [
 ]
 
 
-def child(model: str, provider: str, drafts: str, state: str) -> dict:
-    speculation = {"method": "ngram", "num_speculative_tokens": int(drafts), "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+def child(model: str, provider: str, drafts: int, state_dtype: str) -> dict:
+    speculation = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     return generate(
         MODELS / model,
         prompt_tokens=64,
         settings={"gdn": {"provider": provider}},
         score_prompts=False,
-        mamba_ssm_cache_dtype=state,
-        speculative_config=speculation if int(drafts) else None,
+        mamba_ssm_cache_dtype=state_dtype,
+        speculative_config=speculation if drafts else None,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "gdn_text_h200.json")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        hand_back(child(*arguments.child))
+        model, run = arguments.child
+        hand_back(child(model, **json.loads(run)))
         return
     runs = [dict(zip(("provider", "drafts", "state_dtype"), run, strict=True)) for run in RUNS]
     rows = measure(__file__, MODEL, runs, said="Gated-delta-net layers are served by")

@@ -52,8 +52,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-CACHE_BYTES = 16 << 30
-"""Of keys, values and states: named, so that vLLM does not measure what is free, and several servers can start on a GPU at once."""
+CACHE = {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.15}
+"""vLLM's arguments for keys, values and states: with a size it does not measure what is free, and several engines can start on a GPU at
+once."""
 
 
 def command_of(model: Path, settings: dict, port: int, further: Sequence[str]) -> list[str]:
@@ -61,7 +62,8 @@ def command_of(model: Path, settings: dict, port: int, further: Sequence[str]) -
     found = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "nvfp4_cutedsl"]
     found += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
     found += ["--enable-prefix-caching", "--no-enable-log-requests"]
-    found += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--gpu-memory-utilization", "0.15"]
+    for name, value in CACHE.items():
+        found += [f"--{name.replace('_', '-')}", str(value)]
     found += ["--compilation-config", json.dumps({"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"})]
     return [*found, "--additional-config", json.dumps({"moe_backend_plugin": settings}), *further]
 

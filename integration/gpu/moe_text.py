@@ -26,6 +26,13 @@ SETTINGS = {"plugin": {"moe": {"provider": "cutedsl"}}, "vllm": {"moe": {"provid
 ENGINE = {"plugin": {}, "vllm": {"moe_backend": "marlin"}}
 
 
+def child(model: str, provider: str, fp32_logits: bool, gpus: int, expert_parallel: bool, compile: bool) -> dict:
+    engine = {"max_num_batched_tokens": 16384, "tensor_parallel_size": gpus, "enable_expert_parallel": expert_parallel}
+    engine |= ENGINE[provider] | ({"compilation_config": {}} if compile else {})
+    engine |= {"hf_overrides": {"head_dtype": "float32"}} if fp32_logits else {}
+    return generate(MODELS / model, 256, SETTINGS[provider], True, **engine)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
@@ -34,23 +41,18 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     add_options(parser)
     parser.add_argument("--compile", action="store_true", help="with torch.compile and piecewise graphs, as vLLM has by default")
-    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        model, provider, fp32, gpus, split, compiled = arguments.child
-        engine = {"max_num_batched_tokens": 16384, "tensor_parallel_size": int(gpus), "enable_expert_parallel": split == "True"}
-        engine |= ENGINE[provider] | ({"compilation_config": {}} if compiled == "True" else {})
-        engine |= {"hf_overrides": {"head_dtype": "float32"}} if fp32 == "True" else {}
-        hand_back(generate(MODELS / model, 256, SETTINGS[provider], True, **engine))
+        model, run = arguments.child
+        hand_back(child(model, **json.loads(run)))
         return
     runs = [{"provider": provider, **options_of(arguments), "compile": arguments.compile} for provider in arguments.providers]
     texts: dict[str, dict] = {}
 
     def rows(name: str):
-        providers = iter(arguments.providers)
-
-        def keep(found: dict) -> dict:
-            texts.setdefault(name, {"prompts": found["prompts"]})[next(providers)] = found["texts"]
+        def keep(found: dict, run: dict) -> dict:
+            texts.setdefault(name, {"prompts": found["prompts"]})[run["provider"]] = found["texts"]
             if arguments.texts:
                 arguments.texts.write_text(json.dumps(texts) + "\n")
             return {}

@@ -33,7 +33,7 @@ PROMPT_TOKENS = 256
 COMPARED, ENOUGH, LENGTHS = 32, 30, (16, 64, 256)
 BOUND_LENGTH = 16
 IN_VLLM = {"cutedsl": "plugin", "sglang": "vllm"}
-"""moe_text.py's name of a provider's experts: both of its own are Marlin."""
+"""moe_text.py's name of the same experts; SGLang's own and vLLM's are both Marlin."""
 
 
 async def ask(prompts: Sequence[Sequence[int]]) -> dict:
@@ -45,7 +45,16 @@ async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     return {"prompts": prompts, "texts": texts, "logprobs": logprobs, "prompt_logprobs": scores}
 
 
-def child(name: str, provider: str, attention: str, sampling: str, drafts: str, fp32: str, gpus: str, split: str) -> dict:
+def child(
+    name: str,
+    provider: str,
+    attention_backend: str,
+    sampling_backend: str,
+    drafts: int,
+    fp32_logits: bool,
+    gpus: int,
+    expert_parallel: bool,
+) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
@@ -54,10 +63,10 @@ def child(name: str, provider: str, attention: str, sampling: str, drafts: str, 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         served = sglang_server.loadable(model, Path(folder))
-        further = ["--attention-backend", attention, "--sampling-backend", sampling, "--tp-size", gpus]
-        further += ["--ep-size", gpus] if split == "True" else []
-        further += ["--enable-fp32-lm-head"] if fp32 == "True" else []
-        further += sglang_server.drafting(int(drafts))
+        further = ["--attention-backend", attention_backend, "--sampling-backend", sampling_backend, "--tp-size", str(gpus)]
+        further += ["--ep-size", str(gpus)] if expert_parallel else []
+        further += ["--enable-fp32-lm-head"] if fp32_logits else []
+        further += sglang_server.drafting(drafts)
         server = sglang_server.start(served, provider, log, *further)
         try:
             found = asyncio.run(ask(prompts))
@@ -91,7 +100,7 @@ def within(row: dict) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs=8, choices=sglang_server.MODELS, default=sglang_server.MODELS)
+    parser.add_argument("--models", nargs="+", choices=sglang_server.MODELS, default=sglang_server.MODELS)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument("--attention-backend", default="triton")
     parser.add_argument("--sampling-backend", default="pytorch")
@@ -99,18 +108,18 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts a step, in a chain: GDN verifies them in one call")
     add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        hand_back(child(*arguments.child))
+        name, run = arguments.child
+        hand_back(child(name, **json.loads(run)))
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
     backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
     runs = [{"provider": provider, **backends, "drafts": arguments.drafts, **options_of(arguments)} for provider in arguments.providers]
 
     def rows(name: str):
-        providers = iter(arguments.providers)
-        more = (lambda found: as_vllm(found, stored[name], next(providers))) if name in stored else None
+        more = (lambda found, run: as_vllm(found, stored[name], run["provider"])) if name in stored else None
         return measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by", more=more)
 
     record(

@@ -21,8 +21,7 @@ import torch
 from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
 from moe_backend_plugin.bench.tactics import Layer
 from moe_backend_plugin.moe import tactics
-from moe_backend_plugin.moe.problem import Activation, MoEProblem
-from moe_backend_plugin.moe.tactic_cache import FAMILIES
+from moe_backend_plugin.moe.tactic_cache import FAMILIES, problem_of
 from moe_backend_plugin.moe.tuner import Conditions
 
 ENOUGH, MOST = 0.95, 0.01
@@ -58,8 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     described, rows = paired(*(json.loads(file.read_text(encoding="utf-8")) for file in (options.first, options.second)))
-    dtype = getattr(torch, described.pop("tokens"))
-    problem = MoEProblem(**described | {"activation": Activation(**described["activation"])})
+    problem, dtype = problem_of(described), getattr(torch, described["tokens"])
     torch.cuda.set_device(0)
     name = torch.cuda.get_device_name()
     differ = [row for row in rows if not row["agree"]]

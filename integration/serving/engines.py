@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,13 @@ class EngineHost:
     @property
     def log(self) -> Path:
         return self._folder / f"engines-{self._count}.log"
+
+    def logging(self, ask: Callable[[], Any]) -> tuple[Any, str]:
+        """What ``ask`` gives, and what the engines wrote to their log meanwhile."""
+        before = self.log
+        start = len(before.read_text(errors="replace")) if before.exists() else 0
+        answer = ask()
+        return answer, self.log.read_text(errors="replace")[start if self.log == before else 0 :]
 
     def score(self, model: Path | str, *, tokens: int = 4000, env: Mapping[str, str] | None = None, **args: Any) -> Score:
         """Log-probabilities of ``tokens`` tokens (in windows of 500) of the standard library."""

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -31,7 +31,7 @@ from ..errors import PluginError
 from ..kernels import compile as kernels
 from . import families, tactics
 from .families import Family
-from .problem import MoEProblem
+from .problem import Activation, MoEProblem
 
 logger = logging.getLogger("moe_backend_plugin.tactics")
 
@@ -114,6 +114,12 @@ def path_of(kind: Kind) -> Path:
 def describe(problem: MoEProblem, dtype: torch.dtype) -> dict[str, Any]:
     """A problem as it stands in a file."""
     return {**asdict(problem), "tokens": kernels.name_of(dtype)}
+
+
+def problem_of(described: Mapping[str, Any]) -> MoEProblem:
+    """The problem of what :func:`describe` gave, or ``asdict`` of the problem."""
+    fields = {name: value for name, value in described.items() if name != "tokens"}
+    return MoEProblem(**fields | {"activation": Activation(**described["activation"])})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

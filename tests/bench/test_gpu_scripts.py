@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -111,8 +113,22 @@ def test_vllm_reads_the_servers_command_line(scripts):
     assert command[1:4] == ["-m", "vllm.entrypoints.cli.main", "serve"]
     found = make_arg_parser(FlexibleArgumentParser()).parse_args(command[4:])
     assert (found.model_tag, found.port, found.quantization) == (str(model), 1234, "nvfp4_cutedsl")
-    assert found.kv_cache_memory_bytes == scripts.load.CACHE_BYTES
+    assert {name: getattr(found, name) for name in scripts.load.CACHE} == scripts.load.CACHE
     assert found.additional_config == {"moe_backend_plugin": {"moe": {"provider": "cutedsl"}}}
+
+
+@pytest.mark.parametrize("script", ["gdn_text", "moe_text", "sglang_text"])
+def test_a_child_takes_the_runs_that_its_script_makes(scripts, script, monkeypatch):
+    """And one model, of the scripts that have several."""
+    module = importlib.import_module(script)
+    runs = []
+    monkeypatch.setattr(module, "measure", lambda file, model, found, **_: runs.extend(found) or iter(()))
+    monkeypatch.setattr(module, "record", lambda rows, *_, **__: list(rows))
+    monkeypatch.setattr(sys, "argv", [script, *(["--models", "pycoder-next-nvfp4"] if script != "gdn_text" else [])])
+    module.main()
+    assert runs
+    for run in runs:
+        inspect.signature(module.child).bind("pycoder-next-nvfp4", **json.loads(json.dumps(run)))
 
 
 def test_texts_are_compared_with_vllms(scripts):

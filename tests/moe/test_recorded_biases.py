@@ -18,7 +18,7 @@ from tuner_cases import MULTIPROCESSORS, FakeGpu, formula
 
 from moe_backend_plugin.bench.moe import MODELS
 from moe_backend_plugin.moe import tactics, tiles, tuner
-from moe_backend_plugin.moe.problem import Activation, MoEProblem
+from moe_backend_plugin.moe.tactic_cache import problem_of
 from moe_backend_plugin.moe.tiles import Choice
 from moe_backend_plugin.moe.tuner import Biases, Conditions, Options
 
@@ -38,8 +38,7 @@ class Recording:
     """A recorded file: the times of tactics by number of tokens and condition, given back one after another."""
 
     def __init__(self, content: dict) -> None:
-        problem = dict(content["problem"])
-        self.problem = MoEProblem(**{**problem, "activation": Activation(**problem["activation"])})
+        self.problem = problem_of(content["problem"])
         self.multiprocessors = content["multiprocessors"]
         self.times: dict[tuple[int, str], dict[str, list[float]]] = {}
         for row in content["rows"]:

@@ -168,10 +168,9 @@ def shipped_entries() -> list[dict]:
 
 def test_what_the_package_ships_was_tuned_with_these_kernels_and_is_served():
     for entry in shipped_entries():
-        stamp, described = entry["stamp"], dict(entry["problem"])
+        stamp, problem = entry["stamp"], tactic_cache.problem_of(entry["problem"])
         assert stamp["kernel"] == tactic_cache.kernel_hash(), "tune again, or take the file out: no server would use it"
-        assert getattr(torch, described.pop("tokens")) is BF16
-        problem = MoEProblem(**described | {"activation": Activation(**described["activation"])})
+        assert tactic_cache.describe(problem, BF16) == entry["problem"]
         served = table(problem, kind=Kind(stamp["device"], stamp["multiprocessors"], "another driver"))
         assert {str(b.last): tactics.name(b.tactic) for b in served.buckets} == {k: b["tactic"] for k, b in entry["buckets"].items()}
 
@@ -185,8 +184,7 @@ def test_what_was_tuned_is_not_slower_than_the_heuristic():
 def test_the_heuristic_is_within_five_percent_of_what_was_tuned():
     """At the token counts of the benchmark grid, by the times of the tuning run."""
     for entry in shipped_entries():
-        described = {name: value for name, value in entry["problem"].items() if name != "tokens"}
-        problem = MoEProblem(**described | {"activation": Activation(**described["activation"])})
+        problem = tactic_cache.problem_of(entry["problem"])
         grid = {int(last): bucket for last, bucket in entry["buckets"].items() if int(last).bit_count() == 1}
         assert {1, 16, 256} <= set(grid)
         for last, bucket in grid.items():
