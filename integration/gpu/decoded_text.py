@@ -69,13 +69,15 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What can be asked of either engine."""
     parser.add_argument("--fp32-logits", action="store_true", help="the output matrix in float32: bfloat16 logits tie often")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="of all that is computed; float16 ties least")
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallel over so many")
     parser.add_argument("--expert-parallel", action="store_true", help="with --gpus: whole experts on each instead of parts of all")
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Their columns of a row."""
-    return {"fp32_logits": arguments.fp32_logits, "gpus": arguments.gpus, "expert_parallel": arguments.expert_parallel}
+    names = ("fp32_logits", "dtype", "gpus", "expert_parallel")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def compare(found: dict, reference: Path, device: str = "cuda") -> dict[str, Any]:

@@ -183,6 +183,12 @@ class Load:
         """Prompts whose second answer without company is not the first, beyond a tie."""
         return sum(found is not None and found[1] >= NOISE for found in (parting(*alone[:2]) for alone in self.alone))
 
+    @property
+    def changed_at(self) -> list[dict[str, float]]:
+        """Where answers parted beyond a tie, the most frequent place first: the same places with another provider are the engine's."""
+        found = Counter((i, at, round(gap, 3)) for i, at, gap in self.wrong).most_common()
+        return [{"prompt": i, "token": at, "preferred_by": gap, "answers": count} for (i, at, gap), count in found]
+
     async def abort(self, i: int, after: int) -> None:
         await self.client.give_up(self.prompts[i], self.lengths[i], after)
         self.aborted += 1
@@ -254,6 +260,7 @@ def record(
             "equal": load.equal,
             "parted_at_a_tie": len(load.ties),
             "changed": len(load.wrong),
+            "changed_at": load.changed_at,
             "prompts_changed_by_cache_alone": load.changed_by_cache,
             "aborted": load.aborted,
             "errors": len(load.errors),
@@ -262,8 +269,6 @@ def record(
             "served_by": sorted({line.split("] ")[-1] for line in served}),
         }
         print(json.dumps(row), *load.errors[:3], flush=True)
-        for (prompt, position, gap), count in Counter((i, at, round(gap, 3)) for i, at, gap in load.wrong).most_common():
-            print(f"prompt {prompt} of {len(load.prompts[prompt])} tokens changes at token {position}: preferred by {gap}, {count} times")
         # Before the server is asked to end, which may take a minute.
         arguments.out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
     finally:

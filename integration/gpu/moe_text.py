@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from itertools import chain
 from pathlib import Path
 
 from decoded_text import MODELS, RESULTS, add_options, generate, hand_back, measure, options_of, record, same_perplexity
+from sglang_checkpoint import loadable
 
 from moe_backend_plugin.bench.moe import KERNELS
 
@@ -26,11 +28,22 @@ SETTINGS = {"plugin": {"moe": {"provider": "cutedsl"}}, "vllm": {"moe": {"provid
 ENGINE = {"plugin": {}, "vllm": {"moe_backend": "marlin"}}
 
 
-def child(model: str, provider: str, fp32_logits: bool, gpus: int, expert_parallel: bool, compile: bool) -> dict:
+def child(
+    model: str,
+    provider: str,
+    fp32_logits: bool,
+    gpus: int,
+    expert_parallel: bool,
+    compile: bool,
+    dtype: str,
+    as_sglang: bool,
+) -> dict:
     engine = {"max_num_batched_tokens": 16384, "tensor_parallel_size": gpus, "enable_expert_parallel": expert_parallel}
-    engine |= ENGINE[provider] | ({"compilation_config": {}} if compile else {})
+    engine |= ENGINE[provider] | {"dtype": dtype} | ({"compilation_config": {}} if compile else {})
     engine |= {"hf_overrides": {"head_dtype": "float32"}} if fp32_logits else {}
-    return generate(MODELS / model, 256, SETTINGS[provider], True, **engine)
+    with tempfile.TemporaryDirectory() as folder:
+        served = loadable(MODELS / model, Path(folder)) if as_sglang else MODELS / model
+        return generate(served, 256, SETTINGS[provider], True, **engine)
 
 
 def main() -> None:
@@ -41,13 +54,15 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     add_options(parser)
     parser.add_argument("--compile", action="store_true", help="with torch.compile and piecewise graphs, as vLLM has by default")
+    parser.add_argument("--as-sglang", action="store_true", help="the checkpoint that SGLang can load (sglang_checkpoint.py)")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         model, run = arguments.child
         hand_back(child(model, **json.loads(run)))
         return
-    runs = [{"provider": provider, **options_of(arguments), "compile": arguments.compile} for provider in arguments.providers]
+    more = {"compile": arguments.compile, "as_sglang": arguments.as_sglang}
+    runs = [{"provider": provider, **options_of(arguments), **more} for provider in arguments.providers]
     texts: dict[str, dict] = {}
 
     def rows(name: str):

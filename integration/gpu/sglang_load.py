@@ -15,6 +15,7 @@ from pathlib import Path
 
 import sglang_server
 from mixed_load import MODELS, Answer, parser, record, stop
+from sglang_checkpoint import loadable
 
 from moe_backend_plugin.bench.moe import KERNELS
 
@@ -54,7 +55,7 @@ def main() -> None:
     scratch = tempfile.TemporaryDirectory()
 
     def serve():
-        server = sglang_server.start(sglang_server.loadable(model, Path(scratch.name)), provider, arguments.log, *further)
+        server = sglang_server.start(loadable(model, Path(scratch.name)), provider, arguments.log, *further)
         if unsaid := sglang_server.missing(arguments.log, model.name, provider):
             stop(server)
             raise SystemExit(f"{arguments.log} does not say: {', '.join(unsaid)}")

@@ -25,6 +25,7 @@ from pathlib import Path
 import sglang_server
 from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, add_options, hand_back, measure, options_of, record, same_perplexity
 from mixed_load import stop
+from sglang_checkpoint import loadable
 
 from moe_backend_plugin.bench.moe import KERNELS
 
@@ -54,6 +55,7 @@ def child(
     fp32_logits: bool,
     gpus: int,
     expert_parallel: bool,
+    dtype: str,
 ) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
@@ -62,8 +64,17 @@ def child(
     prompts = windows(load_tokenizer(model), standard_library("verification"), PROMPT_TOKENS, PROMPTS, per_file=2)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        served = sglang_server.loadable(model, Path(folder))
-        further = ["--attention-backend", attention_backend, "--sampling-backend", sampling_backend, "--tp-size", str(gpus)]
+        served = loadable(model, Path(folder))
+        further = [
+            "--attention-backend",
+            attention_backend,
+            "--sampling-backend",
+            sampling_backend,
+            "--tp-size",
+            str(gpus),
+            "--dtype",
+            dtype,
+        ]
         further += ["--ep-size", str(gpus)] if expert_parallel else []
         further += ["--enable-fp32-lm-head"] if fp32_logits else []
         further += sglang_server.drafting(drafts)

@@ -31,9 +31,8 @@ def test_engine_arguments_are_sglangs(sglang, tmp_path, model, provider):
     arguments = Engine.server_args_class(model_path=str(tmp_path), **given)
     assert {name: getattr(arguments, name) for name in given} == given
     assert (arguments.max_running_requests, arguments.cuda_graph_bs_decode) == (32, [1, 8])
-    runner = {"plugin": "cutedsl", "marlin": "marlin", "marlin_cutedsl_gdn": "marlin", "humming": "auto"}[provider]
-    assert arguments.moe_runner_backend == runner
-    decode = {"plugin": "cutedsl_plugin", "marlin": "triton", "marlin_cutedsl_gdn": "cutedsl"}
+    assert arguments.moe_runner_backend == {"marlin": "marlin", "humming": "auto"}.get(provider, "cutedsl")
+    decode = {"plugin": "cutedsl_plugin", "plugin_triton_gdn": "triton", "plugin_cutedsl_gdn": "cutedsl", "marlin": "triton"}
     assert arguments.linear_attn_decode_backend == (decode[provider] if model == "qwen3-next" else None)
 
 

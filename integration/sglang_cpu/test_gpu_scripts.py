@@ -23,6 +23,13 @@ def server():
     sys.path.remove(str(GPU))
 
 
+@pytest.fixture(scope="module")
+def loadable(server):
+    from sglang_checkpoint import loadable
+
+    return loadable
+
+
 @pytest.mark.parametrize(("provider", "runner", "decode"), [("cutedsl", "cutedsl", "cutedsl_plugin"), ("sglang", "marlin", "triton")])
 def test_the_command_line_is_sglangs(sglang, server, provider, runner, decode):
     command = server.command(MODELS / "pycoder-next-nvfp4", provider, ["--attention-backend", "triton", "--sampling-backend", "pytorch"])
@@ -42,13 +49,13 @@ def test_drafts_are_a_chain_of_ngrams(sglang, server):
     assert server.drafting(0) == []
 
 
-def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, server, tmp_path):
+def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, loadable, tmp_path):
     """And not the model itself: once it does, the copy is not needed."""
     from safetensors.torch import load_file
 
     model = MODELS / "pycoder-next-nvfp4"
-    copy = server.loadable(model, tmp_path)
-    assert server.loadable(MODELS / "pycoder-moe-nvfp4", tmp_path) == MODELS / "pycoder-moe-nvfp4"
+    copy = loadable(model, tmp_path)
+    assert loadable(MODELS / "pycoder-moe-nvfp4", tmp_path) == MODELS / "pycoder-moe-nvfp4"
     built, missing = qwen3_next(copy, load_file(copy / "model.safetensors").items())
     assert all(name.endswith((".k_scale", ".v_scale")) for name in missing)
     assert built.model.layers[0].linear_attn.in_proj_qkvz.weight.dtype == torch.bfloat16
@@ -57,7 +64,7 @@ def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, server, tmp_path):
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-def test_a_gpu_server_compiles_what_it_will_launch(qwen3_next, arguments, server, tmp_path, monkeypatch, drafts):
+def test_a_gpu_server_compiles_what_it_will_launch(qwen3_next, arguments, loadable, tmp_path, monkeypatch, drafts):
     """The whole preparation but for the compiler: of SGLang's model and config, on what says it is an H200."""
     from safetensors.torch import load_file
     from sglang.srt.arg_groups.model_override_base import model_config_of
@@ -66,7 +73,7 @@ def test_a_gpu_server_compiles_what_it_will_launch(qwen3_next, arguments, server
     from moe_backend_plugin.engines.sglang import gdn
     from moe_backend_plugin.gdn import cuda
 
-    copy = server.loadable(MODELS / "pycoder-next-nvfp4", tmp_path)
+    copy = loadable(MODELS / "pycoder-next-nvfp4", tmp_path)
     model, _ = qwen3_next(copy, load_file(copy / "model.safetensors").items())
     compiled = []
     monkeypatch.setattr(gdn, "device", lambda: Device("cuda", "NVIDIA H200", 0, (9, 0)))

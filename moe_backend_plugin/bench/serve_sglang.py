@@ -25,9 +25,10 @@ PROVIDERS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3-next": {
         "plugin": {"moe_runner_backend": "cutedsl", "linear_attn_decode_backend": "cutedsl_plugin"},
+        # The same experts with SGLang's own GDN decode kernels.
+        "plugin_triton_gdn": {"moe_runner_backend": "cutedsl", "linear_attn_decode_backend": "triton"},
+        "plugin_cutedsl_gdn": {"moe_runner_backend": "cutedsl", "linear_attn_decode_backend": "cutedsl"},
         "marlin": {"moe_runner_backend": "marlin", "linear_attn_decode_backend": "triton"},
-        # SGLang's own CuTe DSL kernel.
-        "marlin_cutedsl_gdn": {"moe_runner_backend": "marlin", "linear_attn_decode_backend": "cutedsl"},
     },
 }
 """Arguments of SGLang's Engine for each provider that may serve NVFP4 experts on Hopper, by model."""

@@ -117,8 +117,8 @@ def serve(
     providers: Annotated[
         str | None,
         typer.Option(
-            help="plugin, marlin, humming; in vLLM plugin_linear (dense layers too); of qwen3-next in SGLang plugin, marlin, "
-            "marlin_cutedsl_gdn. Default: all."
+            help="plugin, marlin, humming; in vLLM plugin_linear (dense layers too); of qwen3-next plugin, marlin, in SGLang "
+            "plugin_triton_gdn and plugin_cutedsl_gdn too (the engine's own decode). Default: all."
         ),
     ] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences at a time, e.g. 1,32. Default: 1,8,32,128,256.")] = None,

@@ -291,7 +291,7 @@ def test_a_child_leaves_a_config_and_its_rows(monkeypatch, tmp_path):
     """Layers are those asked for, settings come on top of the provider's arguments."""
     seen = []
     monkeypatch.setattr(serve_sglang, "serve", lambda *arguments: seen.append(arguments) or [{"batch": 1}])
-    work = {"model": "qwen3-next", "provider": "marlin_cutedsl_gdn", "batches": [1], "layers": 8, "settings": {"attention_backend": "x"}}
+    work = {"model": "qwen3-next", "provider": "plugin_cutedsl_gdn", "batches": [1], "layers": 8, "settings": {"attention_backend": "x"}}
     serve.main("sglang", json.dumps({**work, "folder": str(tmp_path)}))
     arguments, config, batches, folder = seen[0]
     assert (arguments["linear_attn_decode_backend"], arguments["attention_backend"], batches) == ("cutedsl", "x", [1])
@@ -370,7 +370,7 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     done = CliRunner().invoke(app, ["bench", "serve", "--model", "qwen3-next", "--layers", "6"])
     assert done.exit_code == 2 and "--layers: found 6; allowed: a multiple of 4 with --model qwen3-next" in done.stderr
     done = CliRunner().invoke(app, ["bench", "serve", "--engine", "sglang", "--model", "qwen3-next", "--providers", "humming"])
-    assert done.exit_code == 2 and "found 'humming'; allowed: plugin, marlin, marlin_cutedsl_gdn;" in done.stderr
+    assert done.exit_code == 2 and "found 'humming'; allowed: plugin, plugin_triton_gdn, plugin_cutedsl_gdn, marlin;" in done.stderr
     monkeypatch.setattr(device, "find_device", lambda *_, **__: device.Device.cpu())
     assert "bench serve: found no CUDA device" in CliRunner().invoke(app, ["bench", "serve"]).stderr
 
