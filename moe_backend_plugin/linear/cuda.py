@@ -95,20 +95,17 @@ def choose(rows: int, columns: int, tokens: int, multiprocessors: int) -> tiles.
     """The kernel for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors.
 
     It is that of an MoE layer (:func:`..moe.tiles.choose`), where its pieces give every thread block work. One expert may leave most
-    of them idle, which that choice does not look at: a layer of many experts never does. Then it is the shape of the least cost by
-    the same figures, with its tiles counted. No figure was measured on dense layers.
+    of them idle: then it is the shape of the least cost by the same figures, of all that are shipped. No figure was measured on dense
+    layers.
     """
     shape = tiles.choose.__wrapped__(problem_of(rows, columns), tokens, multiprocessors).down
 
-    def rounds(shape: tiles.Shape) -> float:
-        return _pieces(shape, rows, tokens) / (multiprocessors * shape.blocks)
-
     def cost(shape: tiles.Shape) -> float:
-        full, last = divmod(rounds(shape), 1)
-        a_round = shape.blocks * (shape.rows * columns + tiles.TILE_COST) * tiles.COSTS[shape.tile_tokens]
-        return (full + (last and max(last, tiles.LAST_ROUND))) * a_round
+        a_weight = shape.blocks * tiles.COSTS[shape.tile_tokens]
+        return a_weight * tiles.busiest(shape, -(-tokens // shape.tile_tokens), rows, columns, multiprocessors)
 
-    return shape if rounds(shape) >= 1 else min(tactics.SHIPPED, key=cost)
+    enough = _pieces(shape, rows, tokens) >= multiprocessors * shape.blocks
+    return shape if enough else min(tactics.SHIPPED, key=cost)
 
 
 @lru_cache(256)

