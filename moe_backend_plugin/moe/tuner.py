@@ -31,12 +31,16 @@ from .problem import MoEProblem
 logger = logging.getLogger("moe_backend_plugin.tactics")
 
 
+ALLOCATED_TILE = 128
+"""Tokens of the tile that a tuner with unequal allocations has a buffer for."""
+
+
 @dataclass(frozen=True)
 class Biases:
     """Known mistakes of other tuners, to show what each does; all off.
 
-    unequal_allocations: workspace is allocated for the heuristic's tactic beforehand, and a tactic that needs more allocates its own
-    within the time taken. capped_at: no bucket above so many tokens; larger calls use the largest one's tactic. random_inputs: an
+    unequal_allocations: workspace is allocated for one tile size beforehand, and a tactic that needs more allocates its own within the
+    time taken. capped_at: no bucket above so many tokens; larger calls use the largest one's tactic. random_inputs: an
     expert's load is left to chance. warm_l2: the weights are in the cache when a call begins.
     """
 
@@ -317,7 +321,7 @@ def _bucket(
         nonlocal count
         count += 1
         progress(f"{tokens} tokens: timing {count}, {len(vetted)} tactics")
-        allocates = _allocates(problem, tokens, tactic, heuristic, dtype, options.biases, family)
+        allocates = _allocates(problem, tokens, tactic, entrants, dtype, options.biases, family)
         return case.time(tactic, replace(conditions, preallocated=not allocates))
 
     alive = right(entrants)
@@ -344,10 +348,11 @@ def _bucket(
 
 
 def _allocates(
-    problem: MoEProblem, tokens: int, tactic: Tactic, heuristic: Tactic, dtype: torch.dtype, biases: Biases, family: Family
+    problem: MoEProblem, tokens: int, tactic: Tactic, entrants: list[Tactic], dtype: torch.dtype, biases: Biases, family: Family
 ) -> bool:
-    """Whether a tactic is timed with an allocation: only under that bias, where it needs more than was allocated for the heuristic's."""
+    """Whether a tactic is timed with an allocation: only under that bias, where it needs more than tiles of 128, or the next to that."""
     if not biases.unequal_allocations:
         return False
-    own, held = (family.workspace_bytes(problem, tokens, found, dtype) for found in (tactic, heuristic))
+    allocated = min(entrants, key=lambda entrant: abs(entrant.tile_tokens - ALLOCATED_TILE))
+    own, held = (family.workspace_bytes(problem, tokens, found, dtype) for found in (tactic, allocated))
     return own > held

@@ -103,7 +103,7 @@ def made_up() -> dict:
                 "unbiased": cold,
                 "warm_l2": cold * (0.4 if tile <= 32 else 1.0),
                 "random_inputs": cold * (0.4 if tile >= 96 else 1.0),
-                "unequal_allocations": cold + (0.7 * cold if tile < heuristic else 0),
+                "unequal_allocations": cold + (0.7 * cold if tile < 128 else 0),
             }
             noise = (1.0, 1.001, 0.999, 1.0005, 0.9995)
             rows += [
