@@ -40,6 +40,7 @@ def parser(description: str | None, out: str, log: str) -> argparse.ArgumentPars
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--minutes", type=float, default=8)
     found.add_argument("--clients", type=int, default=256)
+    found.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="float16 ties least")
     found.add_argument("--out", type=Path, default=RESULTS / out)
     found.add_argument("--log", type=Path, default=Path(log))
     return found
@@ -60,7 +61,7 @@ once."""
 def command_of(model: Path, settings: dict, port: int, further: Sequence[str]) -> list[str]:
     """vLLM's server with this package's ``settings`` and ``further`` arguments."""
     found = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--quantization", "nvfp4_cutedsl"]
-    found += ["--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
+    found += ["--max-model-len", "1024", "--max-num-seqs", "256", "--port", str(port), "--served-model-name", "m"]
     found += ["--enable-prefix-caching", "--no-enable-log-requests"]
     for name, value in CACHE.items():
         found += [f"--{name.replace('_', '-')}", str(value)]
@@ -226,7 +227,7 @@ def measure(
     """Serve ``model`` in vLLM, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went
     wrong."""
     port = free_port()
-    serve_command = command_of(model, settings, port, further)
+    serve_command = command_of(model, settings, port, [*further, "--dtype", arguments.dtype])
 
     def serve() -> subprocess.Popen:
         return start(serve_command, arguments.log, port)
@@ -254,6 +255,7 @@ def record(
         row = {
             "model": model.name,
             **cell,
+            "dtype": arguments.dtype,
             "minutes": arguments.minutes,
             "clients": arguments.clients,
             "answers": load.done,

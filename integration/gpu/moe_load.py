@@ -1,6 +1,7 @@
 """On a GPU: minutes of mixed load on a small MoE model through this package's expert kernels, with aborts, and no answer changed.
 
-    python integration/gpu/moe_load.py [--model pycoder-moe-nvfp4] [--minutes 8] [--clients 256] [--provider plugin] [--out FILE]
+    python integration/gpu/moe_load.py [--model pycoder-moe-nvfp4] [--minutes 8] [--clients 256] [--dtype bfloat16]
+        [--provider plugin] [--out FILE]
 
 mixed_load.py says what is asked and compared.  Exits 1 on an error or a changed answer.  ``--provider vllm`` is the control: the same
 load on vLLM's Marlin, whose answers part as often as bf16 makes them.

@@ -51,6 +51,7 @@ def main() -> None:
     arguments = options.parse_args()
     model, provider = MODELS / arguments.model, arguments.provider
     further = ["--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend]
+    further += ["--dtype", arguments.dtype]
 
     scratch = tempfile.TemporaryDirectory()
 

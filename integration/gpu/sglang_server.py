@@ -36,7 +36,7 @@ def provider_arguments(provider: str, model: str) -> list[str]:
 
 def command(model: Path, provider: str, further: Sequence[str] = ()) -> list[str]:
     """The server's command line: graphs and radix cache are on, as they are by default."""
-    found = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "bfloat16", "--port", str(PORT)]
+    found = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(PORT)]
     found += ["--context-length", "1024", "--max-running-requests", "256", "--chunked-prefill-size", "16384"]
     # SGLang counts what other processes take while it starts as its own: a large share, of which it may use little.
     found += ["--mem-fraction-static", "0.8", "--max-total-tokens", "1000000"]

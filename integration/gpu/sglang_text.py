@@ -65,16 +65,8 @@ def child(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         served = loadable(model, Path(folder))
-        further = [
-            "--attention-backend",
-            attention_backend,
-            "--sampling-backend",
-            sampling_backend,
-            "--tp-size",
-            str(gpus),
-            "--dtype",
-            dtype,
-        ]
+        further = ["--attention-backend", attention_backend, "--sampling-backend", sampling_backend]
+        further += ["--tp-size", str(gpus), "--dtype", dtype]
         further += ["--ep-size", str(gpus)] if expert_parallel else []
         further += ["--enable-fp32-lm-head"] if fp32_logits else []
         further += sglang_server.drafting(drafts)
