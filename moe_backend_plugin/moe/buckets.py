@@ -36,13 +36,13 @@ def edges(
         raise PluginError("sizes", ", ".join(map(str, sorted(sizes))), f"1 to max_tokens = {max_tokens}")
     last = min(max_tokens, cap or max_tokens)
     powers = {1 << i for i in range(last.bit_length())}
-    changes = _changes(problem, last, multiprocessors, family)
-    return sorted(tokens for tokens in powers | changes | sizes | {last} if tokens <= last)
+    found = powers | changes(problem, last, multiprocessors, family) | sizes | {last}
+    return sorted(tokens for tokens in found if tokens <= last)
 
 
 @lru_cache(64)
-def _changes(problem: MoEProblem, last: int, multiprocessors: int, family: Family) -> frozenset[int]:
-    """After which counts the heuristic changes its choice."""
+def changes(problem: MoEProblem, last: int, multiprocessors: int, family: Family) -> frozenset[int]:
+    """After which counts, of those up to ``last``, the heuristic changes its choice."""
     found = [family.heuristic(problem, tokens, multiprocessors) for tokens in range(1, last + 1)]
     return frozenset(tokens for tokens, (one, next_) in enumerate(pairwise(found), 1) if one != next_)
 

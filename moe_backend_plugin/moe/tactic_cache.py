@@ -16,9 +16,10 @@ import logging
 import os
 import re
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .. import __version__
 from ..device import driver_version
 from ..errors import PluginError
 from ..kernels import compile as kernels
-from . import families, tactics
+from . import buckets, families, tactics
 from .families import Family
 from .problem import Activation, MoEProblem
 
@@ -175,9 +176,17 @@ def table(problem: MoEProblem, dtype: torch.dtype, kind: Kind) -> tactics.Table 
     shipped = SHIPPED / kind.file_name
     for path, any_driver in ((path_of(kind), False), (shipped, True)):
         entry = entry_of(path, problem, dtype, kind, any_driver)
-        if entry is not None and (buckets := list(_buckets(entry, problem, kind.family, path))):
-            return tactics.Table(buckets)
+        if entry is not None and (found := list(_buckets(entry, problem, kind.family, path))):
+            return tactics.Table(_within_changes(found, problem, kind))
     return None
+
+
+def _within_changes(found: list[tactics.Bucket], problem: MoEProblem, kind: Kind) -> list[tactics.Bucket]:
+    """The same buckets, without the calls for which the heuristic would choose otherwise than at the count that was tuned: since a bucket
+    was tuned it may have learnt where to change, and its answer for fewer tokens is better than what was best for more."""
+    changes = sorted(buckets.changes(problem, max(bucket.last for bucket in found), kind.multiprocessors, kind.family))
+    before = [changes[at - 1] if (at := bisect_left(changes, bucket.last)) else 0 for bucket in found]
+    return [replace(bucket, first=max(bucket.first, change + 1)) for bucket, change in zip(found, before, strict=True)]
 
 
 def _buckets(entry: dict[str, Any], problem: MoEProblem, family: Family, path: Path) -> Iterator[tactics.Bucket]:
@@ -189,7 +198,7 @@ def _buckets(entry: dict[str, Any], problem: MoEProblem, family: Family, path: P
             reason = family.validity(problem, found.tactic)
             if bucket["tactic"] in struck:
                 reason = f"tactic {bucket['tactic']} was struck out"
-            if not 1 <= found.first <= found.last:
+            if not 1 <= found.first <= found.last <= buckets.MOST_TOKENS:
                 reason = f"tokens {found.first} to {found.last}"
         except (KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"

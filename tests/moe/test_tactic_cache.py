@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tuner_cases import MULTIPROCESSORS, SMALL, FakeGpu, formula
 
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.kernels import compile as kernels
-from moe_backend_plugin.moe import tactic_cache, tactics, tiles, tuner
+from moe_backend_plugin.moe import buckets, tactic_cache, tactics, tiles, tuner
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.tactic_cache import Kind
 
@@ -81,7 +82,16 @@ def test_what_another_kind_tuned_is_ignored_with_a_warning_and_kept(other, caplo
     write(A, kind=other)
     assert table() is None and "run moe-backend tune again" in caplog.text
     write(B)
-    assert table().of(1) == B and table(kind=other).of(1) == A
+    assert table().of(8) == B and table(kind=other).of(8) == A
+
+
+def test_a_bucket_ends_where_the_heuristic_changes(monkeypatch):
+    """Where it has learnt to since: of the calls below, it knows more than what was tuned for those above."""
+    write(A, 16)
+    assert table().of(1) == A
+    monkeypatch.setattr(buckets, "changes", buckets.changes.__wrapped__)
+    monkeypatch.setattr(tiles, "choose", cache(lambda problem, tokens, multiprocessors: A if tokens <= 5 else B))
+    assert (table().of(5), table().of(6), table().of(16)) == (None, A, A)
 
 
 def test_other_kernels_and_other_releases_are_ignored(monkeypatch, caplog):
