@@ -25,6 +25,7 @@ from moe_backend_plugin.moe import tactics
 from moe_backend_plugin.moe.tactic_cache import FAMILIES
 from moe_backend_plugin.moe.tuner import Conditions
 
+CAP = 8192
 CONDITIONS = {
     "unbiased": {},
     "warm_l2": {"cold_l2": False},
@@ -48,7 +49,7 @@ def main() -> None:
     problem = MODELS[options.model].problem
     counts = [int(n) for n in options.tokens.split(",")]
     found = {tokens: tactics.candidates(problem, tokens, multiprocessors) for tokens in counts}
-    # A call of 16,384 tokens runs what was tuned at the cap, so that has to be timed there as well.
+    # With a cap, a larger call runs what was tuned there, so that has to be timed as well.
     union = list(dict.fromkeys(tactic for of in found.values() for tactic in of))
     path = options.out or results_folder() / f"tuner_biases_{slug(name)}.json"
     command = f"python integration/gpu/tuner_biases.py --model {options.model} --tokens {options.tokens} --rounds {options.rounds}"
@@ -60,7 +61,7 @@ def main() -> None:
         if time.monotonic() - begin > options.seconds:
             print(f"time is up: {tokens} tokens and more are missing", file=sys.stderr)
             break
-        entrants = dict.fromkeys([*found[tokens], *(found.get(8192, []) if tokens == 16384 else [])])
+        entrants = dict.fromkeys([*found[tokens], *(found.get(CAP, []) if tokens > CAP else [])])
         for condition, fields in CONDITIONS.items():
             conditions = Conditions(tokens, **fields)
             case, times = layer.case(conditions), {tactic: [] for tactic in entrants}
