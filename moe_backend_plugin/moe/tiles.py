@@ -115,9 +115,12 @@ def expected_tiles(mean: float, tile: int) -> float:
     def more_than(tokens: float) -> float:
         return 0.5 * math.erfc((tokens + 0.5 - mean) / (2 * mean) ** 0.5) if tokens else 1.0
 
-    found, before, half = 0.0, 0, HALF_COST if tile in HALVES else 1.0
+    found, before = 0.0, 0
     while not before or before < mean + 4 * mean**0.5:
-        found += half * more_than(before) + (1 - half) * more_than(before + tile / 2)
+        if tile in HALVES:
+            found += HALF_COST * more_than(before) + (1 - HALF_COST) * more_than(before + tile / 2)
+        else:
+            found += more_than(before)
         before += tile
     return found
 
@@ -142,6 +145,8 @@ PACE = {tile: _pace(tile) for tile in TILES}
 def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
     """The kernels for a call of ``tokens`` tokens (1 or more) on a GPU of so many multiprocessors."""
     active, mean = active_experts(problem, tokens), mean_tokens(problem, tokens)
+    if mean >= LARGE:
+        return Choice(TILES[LARGE_TILE], TILES[LARGE_TILE])
     projections = (problem.w13_rows, problem.hidden), (problem.hidden, problem.intermediate)
 
     def of_few(rows: int, columns: int) -> Shape:
@@ -149,14 +154,14 @@ def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
             return ALONE
         return min(FEW, SOME, key=lambda shape: busiest(shape, active, rows, columns, multiprocessors))
 
-    if expected_tiles(mean, 8) <= 1 + SECOND:
+    if mean < FEW.tile_tokens and expected_tiles(mean, FEW.tile_tokens) <= 1 + SECOND:
         return Choice(*(of_few(*projection) for projection in projections))
 
     def us(tile: int) -> float:
         tiles = active * expected_tiles(mean, tile)
         return PACE[tile] * sum(busiest(TILES[tile], tiles, *projection, multiprocessors) for projection in projections)
 
-    shape = TILES[min(TILES, key=us) if mean < LARGE else LARGE_TILE]
+    shape = TILES[min(TILES, key=us)]
     return Choice(shape, shape)
 
 
