@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 
-from mixed_load import MODELS, measure, parser
+from mixed_load import MODELS, measure, ngrams, parser
 
 MODEL = MODELS / "pycoder-next-nvfp4"
 
@@ -20,17 +20,12 @@ def main() -> None:
     options = parser(__doc__, "gdn_load_h200.json", "gdn_load.log")
     options.add_argument("--drafts", type=int, default=0)
     options.add_argument("--state-dtype", choices=["float32", "bfloat16"], default="float32")
-    options.add_argument("--provider", choices=["plugin", "vllm"], default="plugin")
     arguments = options.parse_args()
     further = ["--mamba-ssm-cache-dtype", arguments.state_dtype]
     if arguments.drafts:
-        speculation = {"method": "ngram", "num_speculative_tokens": arguments.drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-        further += ["--speculative-config", json.dumps(speculation)]
-    if arguments.provider == "vllm":
-        further += ["--moe-backend", "marlin"]
-    cell = {"provider": arguments.provider, "drafts": arguments.drafts, "state_dtype": arguments.state_dtype}
-    settings = {kind: {"provider": "cutedsl" if arguments.provider == "plugin" else "engine"} for kind in ("gdn", "moe")}
-    measure(arguments, MODEL, cell, settings, further, "python integration/gpu/gdn_load.py", "gdn_decode")
+        further += ["--speculative-config", json.dumps(ngrams(arguments.drafts))]
+    cell = {"drafts": arguments.drafts, "state_dtype": arguments.state_dtype}
+    measure(arguments, MODEL, ["gdn", "moe"], further, cell, "python integration/gpu/gdn_load.py", "gdn_decode")
 
 
 if __name__ == "__main__":

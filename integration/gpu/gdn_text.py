@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from decoded_text import MODELS, RESULTS, generate, hand_back, measure, record, same_perplexity
+from mixed_load import ngrams
 
 MODEL = MODELS / "pycoder-next-nvfp4"
 RUNS = [
@@ -28,14 +29,13 @@ RUNS = [
 
 
 def child(model: str, provider: str, drafts: int, state_dtype: str) -> dict:
-    speculation = {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     return generate(
         MODELS / model,
         prompt_tokens=64,
         settings={"gdn": {"provider": provider}},
         score_prompts=False,
         mamba_ssm_cache_dtype=state_dtype,
-        speculative_config=speculation if drafts else None,
+        speculative_config=ngrams(drafts) if drafts else None,
     )
 
 

@@ -35,9 +35,10 @@ NOISE = 0.13
 """Two steps of bfloat16 logits between 8 and 16: each of two runs may be off by one."""
 
 
-def parser(description: str | None, out: str, log: str) -> argparse.ArgumentParser:
-    """The options of every load script."""
+def parser(description: str | None, out: str, log: str, providers: Sequence[str] = ("plugin", "vllm")) -> argparse.ArgumentParser:
+    """The options of every load script; ``providers``: this package's kernels, and the engine's own."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--provider", choices=providers, default=providers[0])
     found.add_argument("--minutes", type=float, default=8)
     found.add_argument("--clients", type=int, default=256)
     found.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16", help="float16 ties least")
@@ -56,6 +57,11 @@ def free_port() -> int:
 CACHE = {"kv_cache_memory_bytes": 16 << 30, "gpu_memory_utilization": 0.15}
 """vLLM's arguments for keys, values and states: with a size it does not measure what is free, and several engines can start on a GPU at
 once."""
+
+
+def ngrams(drafts: int) -> dict[str, Any]:
+    """vLLM's speculative config for so many n-gram drafts a step."""
+    return {"method": "ngram", "num_speculative_tokens": drafts, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
 def command_of(model: Path, settings: dict, port: int, further: Sequence[str]) -> list[str]:
@@ -222,12 +228,23 @@ async def run(model: Path, minutes: float, clients: int, connect: Callable[[], A
 
 
 def measure(
-    arguments: argparse.Namespace, model: Path, cell: dict[str, Any], settings: dict, further: Sequence[str], command: str, kernel: Any
+    arguments: argparse.Namespace,
+    model: Path,
+    kinds: Sequence[str],
+    further: Sequence[str],
+    cell: dict[str, Any],
+    command: str,
+    kernel: Any,
 ) -> None:
-    """Serve ``model`` in vLLM, load it, print and store one row that begins with ``cell``; ends the program, with 1 if anything went
-    wrong."""
-    port = free_port()
-    serve_command = command_of(model, settings, port, [*further, "--dtype", arguments.dtype])
+    """Serve ``model`` in vLLM, load it, print and store one row with the columns of ``cell``; ends the program, with 1 if anything went
+    wrong.
+
+    ``kinds``: of layer ("moe", "gdn"), which the provider runs: this package's kernels, or vLLM's own with Marlin for the experts.
+    """
+    port, ours = free_port(), arguments.provider == "plugin"
+    settings = {kind: {"provider": "cutedsl" if ours else "engine"} for kind in kinds}
+    marlin = [] if ours else ["--moe-backend", "marlin"]
+    serve_command = command_of(model, settings, port, [*further, *marlin, "--dtype", arguments.dtype])
 
     def serve() -> subprocess.Popen:
         return start(serve_command, arguments.log, port)
@@ -254,6 +271,7 @@ def record(
         served = [line for line in arguments.log.read_text(errors="replace").splitlines() if " served by: " in line]
         row = {
             "model": model.name,
+            "provider": arguments.provider,
             **cell,
             "dtype": arguments.dtype,
             "minutes": arguments.minutes,

@@ -10,7 +10,7 @@ load on vLLM's Marlin, whose answers part as often as bf16 makes them.
 from __future__ import annotations
 
 from mixed_load import MODELS, measure, parser
-from moe_text import NAMES, SETTINGS
+from moe_text import NAMES
 
 from moe_backend_plugin.bench.moe import KERNELS
 
@@ -18,11 +18,8 @@ from moe_backend_plugin.bench.moe import KERNELS
 def main() -> None:
     options = parser(__doc__, "moe_load_h200.json", "moe_load.log")
     options.add_argument("--model", choices=NAMES, default=NAMES[0])
-    options.add_argument("--provider", choices=list(SETTINGS), default="plugin")
     arguments = options.parse_args()
-    further = ["--moe-backend", "marlin"] if arguments.provider == "vllm" else []
-    settings, command = SETTINGS[arguments.provider], "python integration/gpu/moe_load.py"
-    measure(arguments, MODELS / arguments.model, {"provider": arguments.provider}, settings, further, command, KERNELS)
+    measure(arguments, MODELS / arguments.model, ["moe"], [], {}, "python integration/gpu/moe_load.py", KERNELS)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,8 @@ class RadixClient:
 
 
 def main() -> None:
-    options = parser(__doc__, "sglang_load_h200.json", "sglang_load.log")
+    options = parser(__doc__, "sglang_load_h200.json", "sglang_load.log", ("cutedsl", "sglang"))
     options.add_argument("--model", choices=sglang_server.MODELS, default=sglang_server.MODELS[0])
-    options.add_argument("--provider", choices=["cutedsl", "sglang"], default="cutedsl")
     options.add_argument("--attention-backend", default="triton")
     options.add_argument("--sampling-backend", default="pytorch")
     arguments = options.parse_args()
@@ -63,7 +62,7 @@ def main() -> None:
         return server
 
     command = "python integration/gpu/sglang_load.py"
-    record(arguments, model, {"provider": provider}, serve, RadixClient.connect, command, (*KERNELS, "gdn_decode"), cached=True)
+    record(arguments, model, {}, serve, RadixClient.connect, command, (*KERNELS, "gdn_decode"), cached=True)
 
 
 if __name__ == "__main__":

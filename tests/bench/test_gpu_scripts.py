@@ -117,6 +117,21 @@ def test_vllm_reads_the_servers_command_line(scripts):
     assert found.additional_config == {"moe_backend_plugin": {"moe": {"provider": "cutedsl"}}}
 
 
+@pytest.mark.parametrize(("script", "kinds"), [("gdn_load", ["gdn", "moe"]), ("moe_load", ["moe"])])
+@pytest.mark.parametrize(("provider", "runs"), [("plugin", "cutedsl"), ("vllm", "engine")])
+def test_a_load_runs_all_kinds_of_layer_with_its_provider(scripts, script, kinds, provider, runs, monkeypatch):
+    """And the control has Marlin's experts."""
+    commands = []
+    monkeypatch.setattr(scripts.load, "start", lambda command, *_: commands.append(command))
+    monkeypatch.setattr(scripts.load, "record", lambda arguments, model, cell, serve, *_: serve())
+    monkeypatch.setattr(sys, "argv", [script, "--provider", provider, "--dtype", "float16"])
+    importlib.import_module(script).main()
+    (command,) = commands
+    settings = json.loads(command[command.index("--additional-config") + 1])["moe_backend_plugin"]
+    assert settings == {kind: {"provider": runs} for kind in kinds}
+    assert command[command.index("--dtype") + 1] == "float16" and ("marlin" in command) == (provider == "vllm")
+
+
 @pytest.mark.parametrize("script", ["gdn_text", "moe_text", "sglang_text"])
 def test_a_child_takes_the_runs_that_its_script_makes(scripts, script, monkeypatch):
     """And one model, of the scripts that have several."""
