@@ -128,7 +128,9 @@ class OpenAI:
     async def connect(cls, port: int):
         import openai
 
-        yield cls(openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300))
+        # A connection for each request: one that the server closes as idle while a request is sent on it would count as an error.
+        options = {"api_key": "none", "max_retries": 0, "timeout": 300, "default_headers": {"Connection": "close"}}
+        yield cls(openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", **options))
 
     def _ask(self, prompt: Sequence[int], tokens: int, **options):
         extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}

@@ -137,6 +137,7 @@ class Client:
 async def client() -> AsyncIterator[Client]:
     import aiohttp
 
-    limits = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=300), "read_bufsize": 2**22}
-    async with aiohttp.ClientSession(**limits) as session:
+    # A connection for each request: one that the server closes as idle while a request is sent on it would count as an error.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300), read_bufsize=2**22) as session:
         yield Client(session)

@@ -47,8 +47,11 @@ class Server(Child):
 
         until("the server's first answer", answers, START_SECONDS, lambda: tail(self.log))
         self.family()
-        # No retries: a lost request must be seen, not sent again.
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600)
+        # No retries: a lost request must be seen, not sent again.  A connection each: vLLM closes an idle one after 5 seconds, and a
+        # request sent on it in that moment is lost before any server has seen it.
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=600, default_headers={"Connection": "close"}
+        )
         self.model = self.client.models.list().data[0].id
         return self
 

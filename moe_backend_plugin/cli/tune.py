@@ -33,9 +33,11 @@ UNTRIED = (
 
 
 class Machine(NamedTuple):
-    """The GPU to tune on; ``make`` makes the inputs of a bucket."""
+    """The GPU to tune on; ``problem`` as its kernels compute it, and as a server's layers on them have it; ``make`` makes the inputs of a
+    bucket."""
 
     kind: Kind
+    problem: MoEProblem
     make: Callable[[Conditions], Case]
 
 
@@ -93,8 +95,7 @@ def tune(
         return buckets.edges(problem, max_tokens, multiprocessors, wanted, options.biases.capped_at, family)
 
     machine = _machine(problem, tokens, first, edges_of, forced)
-    family = machine.kind.family
-    problem = _served(problem, family)
+    problem, family = machine.problem, machine.kind.family
     path = out or tactic_cache.path_of(machine.kind)
     tactic_cache.refuse_unwritable(path)
     edges = edges_of(machine.kind.multiprocessors, family)
@@ -184,11 +185,6 @@ def _biases(name: str | None) -> Any:
     return switches[name]
 
 
-def _served(problem: MoEProblem, family: Family) -> MoEProblem:
-    """The problem as the family's kernels compute it, and as a server's layers on them have it."""
-    return replace(problem, activation_precision=family.activations)
-
-
 def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[..., list[int]], forced: Tactic | None) -> Machine:
     """The GPU of this process, with every kernel that is to be timed compiled, or, of FlashInfer's, there to be compiled at its first
     launch; ``edges_of`` gives the buckets by its multiprocessors and its family of tactics.
@@ -215,7 +211,7 @@ def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[...
         kernels = blackwell
         if reason := blackwell.missing():
             raise InputError("tune", reason, GPUS)
-    problem = _served(problem, family)
+    problem = replace(problem, activation_precision=family.activations)
     if reason := kernels.unsupported_reason(problem, dtype):
         raise InputError("MODEL", reason, "a layer that the kernels serve")
     edges = edges_of(kind.multiprocessors, family)
@@ -225,10 +221,10 @@ def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[...
             raise InputError("--force", f"a tactic of other kernels than those of {gpu}", f"a tactic of {family.gpu}")
         found = {forced, *(family.heuristic(problem, edge, kind.multiprocessors) for edge in edges)}
     if family is families.BLACKWELL:
-        return Machine(kind, BlackwellLayer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
+        return Machine(kind, problem, BlackwellLayer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
     # What is paired later (tactics.crossed) is made of the same kernels.
     print(f"compiling the kernels of {len(found)} tactics, which takes minutes the first time", file=sys.stderr, flush=True)
-    return Machine(kind, Layer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
+    return Machine(kind, problem, Layer(problem, dtype, first, device, edges[-1], sorted(found, key=family.name)).case)
 
 
 @contextmanager

@@ -31,6 +31,5 @@ def prepare(
     use(config)
     if compiled := cuda.prepare(problem, tokens, INDEX, device, max_tokens, mapped):
         say("Compiled %d NVFP4 MoE kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    mib = cuda.arena_bytes(problem, max_tokens, tokens, multiprocessors) / 2**20
+    mib = cuda.arena_bytes(problem, max_tokens, tokens, cuda.multiprocessors_of(device.index or 0)) / 2**20
     say("NVFP4 MoE workspace, shared by all layers: %.1f MiB for calls of up to %d tokens", mib, max_tokens)

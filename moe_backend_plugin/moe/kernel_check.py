@@ -281,7 +281,7 @@ def rows(device: torch.device) -> Iterator[Row]:
 def hopper_rows(device: torch.device, tokens: Sequence[int] = TOKENS) -> Iterator[Row]:
     """Every shape that a tactic can cut either projection into, on one small layer; and the heuristic's tactics with every activation,
     with float16 tokens, and with a map to half of the experts."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    multiprocessors = cuda.multiprocessors_of(device.index or 0)
     small = MoEProblem(EXPERTS, EXPERTS, 512, 256, TOP_K)
     cases = [(_case(problem), problem, torch.bfloat16) for problem in (replace(small, activation=one) for one in ACTIVATIONS)]
     cases.append((f"{_case(small)}, float16 tokens", small, torch.float16))

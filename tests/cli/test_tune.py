@@ -46,7 +46,7 @@ def gpu(monkeypatch):
     def machine(problem, dtype, first, edges_of, forced):
         found.us = formula(problem)
         found.asked.append((problem, dtype, first, edges_of(KIND.multiprocessors), forced))
-        return command.Machine(KIND, found.make)
+        return command.Machine(KIND, problem, found.make)
 
     monkeypatch.setattr(command, "_machine", machine)
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -22,7 +20,6 @@ SMALL_TILES = tactics.Table([tactics.Bucket(1, MOST, tiles.Choice(tiles.SOME, ti
 def allocated(monkeypatch):
     """``cuda.prepare`` for a GPU of 78 multiprocessors; nothing is compiled. Bytes asked of the arena."""
     sizes: list[int] = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=78))
     monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 78)
     monkeypatch.setattr(cuda.kernels, "device_architecture", lambda *_: "sm_90a")
     monkeypatch.setattr(cuda.kernels, "prepare", lambda *_: 0)

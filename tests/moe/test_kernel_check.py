@@ -142,7 +142,7 @@ def hopper(monkeypatch):
     monkeypatch.setattr(cuda, "fused_moe", fused_moe)
     monkeypatch.setattr(cuda, "prepare_tactics", lambda *_: 0)
     monkeypatch.setattr(kernel_check, "ACTIVATIONS", (Activation(), Activation("relu2")))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(cuda, "multiprocessors_of", lambda device: 132)
     return called
 
 
