@@ -81,9 +81,7 @@ def main() -> None:
                 cell = {"shape": "qwen3-next", "layers": arguments.layers, "state_dtype": state, "batch": int(batch)}
                 rows.append({**cell, "provider": named, "decode_tok_s": round(rate, 1)})
                 print(json.dumps(rows[-1]), flush=True)
-            arguments.out.write_text(
-                json.dumps({"stamp": gpu_stamp("python integration/bench/gdn_engine.py"), "ceilings": {}, "rows": rows}, indent=1) + "\n"
-            )
+            arguments.out.write_text(json.dumps({"stamp": gpu_stamp(__file__), "ceilings": {}, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -309,9 +309,7 @@ def main() -> None:
     parser.add_argument("--tune-quack", action="store_true", help="let quack-kernels choose its configurations by timing them")
     parser.add_argument("--out", type=Path, help="JSON file; default: grouped_gemm_<device>.json among the results")
     arguments = parser.parse_args()
-    given = [f"--{name} {getattr(arguments, name)}" for name in ("model", "tokens") if getattr(arguments, name) != parser.get_default(name)]
-    given += ["--tune-quack"] * arguments.tune_quack
-    stamp = gpu_stamp(" ".join(("python integration/bench/grouped_gemm.py", *given)), bench.KERNELS)
+    stamp = gpu_stamp(__file__, bench.KERNELS)
     out, device = arguments.out or results_folder() / f"grouped_gemm_{slug(stamp['device'])}.json", torch.device("cuda", 0)
     ceilings = {"copy_TB_s": round(copy_tb_s(device), 4), "matmul_TFLOP_s": round(matmul_tflop_s(device), 1)}
     release()

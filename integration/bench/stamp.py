@@ -35,8 +35,9 @@ def stamp(device: str, driver: str | None = None) -> dict:
     return {**package_stamp.stamp(device, driver), "source_hash": source_hash()}
 
 
-def gpu_stamp(command: str, kernel: str | Sequence[str] = "gdn_decode") -> dict:
-    """The stamp of a figure that depends on a kernel family, or on several."""
+def gpu_stamp(script: str, kernel: str | Sequence[str] = "gdn_decode") -> dict:
+    """The stamp of a figure that ``script`` (its ``__file__``) takes and that depends on a kernel family, or on several."""
     from moe_backend_plugin.device import find_device
 
+    command = package_stamp.as_run(f"python {Path(script).resolve().relative_to(ROOT)}")
     return package_stamp.gpu_stamp(find_device("cuda").name, command, kernel)

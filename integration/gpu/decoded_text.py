@@ -133,13 +133,13 @@ def measure(
             }
 
 
-def record(rows: Iterator[dict[str, Any]], out: Path, command: str, kernel: str | Sequence[str], within: Callable[[dict], bool]) -> None:
+def record(rows: Iterator[dict[str, Any]], out: Path, script: str, kernel: str | Sequence[str], within: Callable[[dict], bool]) -> None:
     """Print and store each row as it comes; ends the program with 1 if one is not ``within`` bounds."""
     done: list[dict[str, Any]] = []
     for row in rows:
         done.append(row)
         print(json.dumps(row), flush=True)
-        out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": done}, indent=1) + "\n")
+        out.write_text(json.dumps({"stamp": gpu_stamp(script, kernel), "ceilings": {}, "rows": done}, indent=1) + "\n")
     raise SystemExit(not all(map(within, done)))
 
 

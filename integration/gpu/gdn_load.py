@@ -13,6 +13,8 @@ import json
 
 from mixed_load import MODELS, measure, ngrams, parser
 
+from moe_backend_plugin.bench.moe import KERNELS
+
 MODEL = MODELS / "pycoder-next-nvfp4"
 
 
@@ -25,7 +27,7 @@ def main() -> None:
     if arguments.drafts:
         further += ["--speculative-config", json.dumps(ngrams(arguments.drafts))]
     cell = {"drafts": arguments.drafts, "state_dtype": arguments.state_dtype}
-    measure(arguments, MODEL, ["gdn", "moe"], further, cell, "python integration/gpu/gdn_load.py", "gdn_decode")
+    measure(arguments, MODEL, ["gdn", "moe"], further, cell, __file__, (*KERNELS, "gdn_decode"))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
         return
     runs = [dict(zip(("provider", "drafts", "state_dtype"), run, strict=True)) for run in RUNS]
     rows = measure(__file__, MODEL, runs, said="Gated-delta-net layers are served by")
-    record(rows, arguments.out, "python integration/gpu/gdn_text.py", "gdn_decode", within=same_perplexity)
+    record(rows, arguments.out, __file__, "gdn_decode", within=same_perplexity)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def measure(
     kinds: Sequence[str],
     further: Sequence[str],
     cell: dict[str, Any],
-    command: str,
+    script: str,
     kernel: Any,
 ) -> None:
     """Serve ``model`` in vLLM, load it, print and store one row with the columns of ``cell``; ends the program, with 1 if anything went
@@ -251,7 +251,7 @@ def measure(
     def serve() -> subprocess.Popen:
         return start(serve_command, arguments.log, port)
 
-    record(arguments, model, cell, serve, lambda: OpenAI.connect(port), command, kernel)
+    record(arguments, model, cell, serve, lambda: OpenAI.connect(port), script, kernel)
 
 
 def record(
@@ -260,7 +260,7 @@ def record(
     cell: dict[str, Any],
     serve: Callable[[], subprocess.Popen],
     connect: Callable[[], AbstractAsyncContextManager[Client]],
-    command: str,
+    script: str,
     kernel: Any,
     cached: bool = False,
 ) -> None:
@@ -292,7 +292,7 @@ def record(
         }
         print(json.dumps(row), *load.errors[:3], flush=True)
         # Before the server is asked to end, which may take a minute.
-        arguments.out.write_text(json.dumps({"stamp": gpu_stamp(command, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"stamp": gpu_stamp(script, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
     finally:
         stop(server)
     raise SystemExit(not alive or bool(load.errors or load.wrong) or (cached and not load.cached))

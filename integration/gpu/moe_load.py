@@ -19,7 +19,7 @@ def main() -> None:
     options = parser(__doc__, "moe_load_h200.json", "moe_load.log")
     options.add_argument("--model", choices=NAMES, default=NAMES[0])
     arguments = options.parse_args()
-    measure(arguments, MODELS / arguments.model, ["moe"], [], {}, "python integration/gpu/moe_load.py", KERNELS)
+    measure(arguments, MODELS / arguments.model, ["moe"], [], {}, __file__, KERNELS)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def main() -> None:
         wanted = SETTINGS[row["provider"]]["moe"]["provider"]
         return same_perplexity(row) and (row["served_by"] or "").startswith(wanted)
 
-    record(chain.from_iterable(map(rows, arguments.models)), arguments.out, "python integration/gpu/moe_text.py", KERNELS, within)
+    record(chain.from_iterable(map(rows, arguments.models)), arguments.out, __file__, KERNELS, within)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,7 @@ def main() -> None:
             raise SystemExit(f"{arguments.log} does not say: {', '.join(unsaid)}")
         return server
 
-    command = "python integration/gpu/sglang_load.py"
-    record(arguments, model, {}, serve, RadixClient.connect, command, (*KERNELS, "gdn_decode"), cached=True)
+    record(arguments, model, {}, serve, RadixClient.connect, __file__, (*KERNELS, "gdn_decode"), cached=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def main() -> None:
     record(
         chain.from_iterable(map(rows, arguments.models)),
         arguments.out,
-        "python integration/gpu/sglang_text.py",
+        __file__,
         (*KERNELS, "gdn_decode"),
         within,
     )

@@ -23,7 +23,7 @@ import torch
 
 from moe_backend_plugin.bench import tactics as bench
 from moe_backend_plugin.bench.shared import release
-from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
+from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
 from moe_backend_plugin.moe import balanced, tactics, tiles, tuner
 from moe_backend_plugin.moe.problem import MoEProblem
 from moe_backend_plugin.moe.tactic_cache import FAMILIES
@@ -93,7 +93,7 @@ def main() -> None:
     device, name = torch.device("cuda", 0), torch.cuda.get_device_name()
     counts, ranks = [[int(n) for n in text.split(",")] for text in (options.tokens, options.ep)]
     path = options.out or results_folder() / f"tactic_parity_{options.model}_{slug(name)}.json"
-    stamp = gpu_stamp(name, f"python integration/gpu/tactic_parity.py --model {options.model}", list(FAMILIES))
+    stamp = gpu_stamp(name, as_run("python integration/gpu/tactic_parity.py"), list(FAMILIES))
     rows = {(row["ep"], row["tokens"]): row for row in held(path, stamp)}
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     whole, begin, late = MODELS[options.model], time.monotonic(), False

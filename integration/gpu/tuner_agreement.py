@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
+from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
 from moe_backend_plugin.bench.tactics import Layer
 from moe_backend_plugin.moe import tactics
 from moe_backend_plugin.moe.tactic_cache import FAMILIES, problem_of
@@ -77,7 +77,7 @@ def main() -> None:
     agree, worst = sum(row["agree"] for row in rows), max(row["loss"] for row in rows)
     print(f"{agree} of {len(rows)} buckets agree; where they do not, the slower choice loses {100 * worst:.2f} % at most")
     path = options.out or results_folder() / f"tuner_agreement_{slug(name)}.json"
-    stamp = gpu_stamp(name, "python integration/gpu/tuner_agreement.py", list(FAMILIES))
+    stamp = gpu_stamp(name, as_run("python integration/gpu/tuner_agreement.py"), list(FAMILIES))
     path.write_text(json.dumps({"stamp": stamp, "ceilings": {}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     raise SystemExit(not within(rows))
 

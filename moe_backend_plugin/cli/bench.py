@@ -141,7 +141,7 @@ def serve(
     """Tokens a second of an NVFP4 model with random weights in the shape of Qwen3-30B-A3B or Qwen3-Next, with this package's kernels and
     with the engine's."""
     from moe_backend_plugin.bench import serve as bench
-    from moe_backend_plugin.bench.stamp import gpu_stamp, results_folder, slug
+    from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
     from moe_backend_plugin.device import find_device
 
     if engine not in bench.ENGINES:
@@ -173,11 +173,9 @@ def serve(
         raise InputError("bench serve", "no CUDA device", "a machine with an NVIDIA GPU")
     if importlib.util.find_spec(engine) is None:
         raise InputError("bench serve", f"no package {engine}", f'pip install "moe-backend-plugin[{engine}]"')
-    # Of the default model, command and file are named as they were before there was another.
-    named = {} if model == bench.MODEL else {"model": model}
-    further = "".join(f" --{name.replace('_', '-')} {value}" for name, value in (named | settings).items()) + " --compile" * compiled
-    stamp = gpu_stamp(device.name, f"moe-backend bench serve --engine {engine}{further}", shape.kernels)
-    parts = ["serve", engine, *named.values(), *["compile"] * compiled, slug(device.name)]
+    stamp = gpu_stamp(device.name, as_run("moe-backend"), shape.kernels)
+    # Of the default model, the file is named as it was before there was another.
+    parts = ["serve", engine, *[model] * (model != bench.MODEL), *["compile"] * compiled, slug(device.name)]
     out = out or results_folder() / f"{'_'.join(parts)}.json"
     result = _run(bench.run(options, say=_say), stamp, out)
     if result["rows"]:
@@ -236,7 +234,7 @@ def _device(name: str, kernels: str | Sequence[str] = "gdn_decode"):
     """The GPU to time and the stamp of its results. Raises InputError where this package's kernels cannot run."""
     import torch
 
-    from moe_backend_plugin.bench.stamp import gpu_stamp
+    from moe_backend_plugin.bench.stamp import as_run, gpu_stamp
 
     check_gpu(name, "a machine with an NVIDIA GPU and torch built for CUDA")
     from moe_backend_plugin.kernels.compile import architecture_of
@@ -245,7 +243,7 @@ def _device(name: str, kernels: str | Sequence[str] = "gdn_decode"):
     capability = torch.cuda.get_device_capability(device)
     if architecture_of(capability) is None:
         raise InputError(name, f"{torch.cuda.get_device_name(device)}, compute capability {capability}", "9.0 and 10.x")
-    return device, gpu_stamp(torch.cuda.get_device_name(device), f"moe-backend {name}", kernels)
+    return device, gpu_stamp(torch.cuda.get_device_name(device), as_run("moe-backend"), kernels)
 
 
 def _names(option: str, text: str | None, allowed: list[str]) -> tuple[str, ...] | None:

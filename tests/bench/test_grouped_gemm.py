@@ -179,8 +179,7 @@ def test_a_run_begins_at_the_top_and_ends_in_time(script, monkeypatch):
 def test_the_script_writes_a_stamped_file(script, monkeypatch, tmp_path, capsys):
     """The stamp's command is the one that measures this again."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    import stamp
-
+    from moe_backend_plugin import device
     from moe_backend_plugin.bench import timing
 
     class Timer(Clock):
@@ -192,7 +191,7 @@ def test_the_script_writes_a_stamped_file(script, monkeypatch, tmp_path, capsys)
         def empty_us(self):
             return 1.0
 
-    monkeypatch.setattr(stamp, "gpu_stamp", lambda command, kernel: {"device": "NVIDIA H200", "command": command, "kernel": list(kernel)})
+    monkeypatch.setattr(device, "find_device", lambda *_, **__: device.Device("cuda", "NVIDIA H200", 0, (9, 0)))
     monkeypatch.setattr(timing, "Clock", Timer)
     monkeypatch.setattr(timing, "copy_tb_s", lambda device: 4.2)
     monkeypatch.setattr(timing, "matmul_tflop_s", lambda device: 760.0)

@@ -383,26 +383,32 @@ def test_serve_command(monkeypatch, tmp_path, engine):
     asked = []
     monkeypatch.setattr(serve, "run", lambda options, say: asked.append(options) or iter([{"ceilings": {}, "rows": rows, "errors": []}]))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+    def invoke(*arguments):
+        monkeypatch.setattr("sys.argv", ["/somewhere/bin/moe-backend", "bench", "serve", *arguments])
+        return CliRunner().invoke(app, ["bench", "serve", *arguments])
+
     out = tmp_path / "serve_h200.json"
     further = ["--engine", engine, *(["--attention-backend", "triton"] if engine == "sglang" else [])]
-    done = CliRunner().invoke(app, ["bench", "serve", *further, "--out", str(out)])
+    done = invoke(*further, "--out", str(out))
     assert done.exit_code == 0, done.output
     stored = json.loads(out.read_text())
     assert stored["rows"] == rows and stored["stamp"]["kernel"] == list(moe.KERNELS) and "300.0" in done.output
+    assert stored["stamp"]["command"] == f"moe-backend bench serve {' '.join(further)}"
     assert "Qwen3-30B-A3B shape in " in done.output
 
-    done = CliRunner().invoke(app, ["bench", "serve", "--engine", engine])
+    done = invoke("--engine", engine)
     file = tmp_path / f"serve_{engine}_h200.json"
     assert done.exit_code == 0 and json.loads(file.read_text())["stamp"]["command"] == f"moe-backend bench serve --engine {engine}"
-    done = CliRunner().invoke(app, ["bench", "serve", *further, "--model", "qwen3-next", "--layers", "8"])
+    done = invoke(*further, "--model", "qwen3-next", "--layers", "8")
     assert done.exit_code == 0 and "Qwen3-Next-80B-A3B shape in " in done.output
     stored = json.loads((tmp_path / f"serve_{engine}_qwen3-next_h200.json").read_text())["stamp"]
     assert stored["kernel"] == [*moe.KERNELS, "gdn_decode"]
-    assert stored["command"].startswith(f"moe-backend bench serve --engine {engine} --model qwen3-next")
+    assert stored["command"] == f"moe-backend bench serve {' '.join(further)} --model qwen3-next --layers 8"
     if engine == "sglang":
         return
     assert asked[-1].settings == {}
-    done = CliRunner().invoke(app, ["bench", "serve", "--compile", "--batch", "8,1"])
+    done = invoke("--compile", "--batch", "8,1")
     stored = json.loads((tmp_path / "serve_vllm_compile_h200.json").read_text())["stamp"]
-    assert done.exit_code == 0 and stored["command"] == "moe-backend bench serve --engine vllm --compile"
+    assert done.exit_code == 0 and stored["command"] == "moe-backend bench serve --compile --batch 8,1"
     assert asked[-1].settings == {"compilation_config": {"cudagraph_capture_sizes": [1, 8]}}
