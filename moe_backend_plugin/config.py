@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -27,6 +28,8 @@ ENV_PREFIX = "MOE_BACKEND_PLUGIN_"
 ENV_FILE = "MOE_BACKEND_PLUGIN_CONFIG"
 EXTRA_SOURCE = "the engine's additional config"
 DEFAULT_SOURCE = "default"
+_OF_A_SERVICE = re.compile(ENV_PREFIX + r"(SERVICE_HOST|SERVICE_PORT|PORT)(_\w+)?")
+"""What Kubernetes tells every pod of a Service named moe-backend-plugin: no settings."""
 
 KernelProvider = Literal["auto", "cutedsl", "torch", "engine"]
 Activations = Literal["auto", "bf16", "nvfp4"]
@@ -100,7 +103,9 @@ class PluginConfig(BaseSettings):
         "full",
         description="how a checkpoint is checked before loading: full reads every scale; headers reads names, shapes, types, global scales",
     )
-    kernel_cache: str = Field("", description="folder for compiled kernels; empty: moe_backend_plugin/kernels in the user's cache folder")
+    kernel_cache: str = Field(
+        "", description="folder for compiled kernels; empty, as if it were not set: moe_backend_plugin/kernels in the user's cache folder"
+    )
     moe: MoeConfig = Field(MoeConfig(), description="expert layers")
     linear: LinearConfig = Field(LinearConfig(), description="dense NVFP4 layers")
     gdn: GdnConfig = Field(GdnConfig(), description="gated-delta-net layers")
@@ -127,7 +132,7 @@ def load_config(extra: Mapping[str, Any] | None = None) -> PluginConfig:
 
     ``extra`` is what the engine's additional config holds under ``moe_backend_plugin``. Raises ConfigError.
     """
-    extra = {} if extra is None else _mapping(extra, EXTRA_SOURCE)
+    extra = {} if extra is None else _what_is_set(_mapping(extra, EXTRA_SOURCE))
     layers = [(EXTRA_SOURCE, extra), (_file_source(), _read_file()), ("environment", _read_environment())]
     origin: dict[str, str] = {}
     for source, values in layers:
@@ -219,7 +224,12 @@ def _read_file() -> dict[str, Any]:
     if values is None:
         # An empty mount looks like this too, so it is not taken as "use the defaults".
         raise ConfigError(path, "no settings", f"a mapping of settings ({{}} for none); unset {ENV_FILE} to use no file")
-    return _mapping(values, path)
+    return _what_is_set(_mapping(values, path))
+
+
+def _what_is_set(values: dict[str, Any]) -> dict[str, Any]:
+    """Without an empty ``kernel_cache``, so that a copy of the sample file does not take the folder that a container's variable names."""
+    return {name: value for name, value in values.items() if (name, value) != ("kernel_cache", "")}
 
 
 def _read_environment() -> dict[str, Any]:
@@ -229,7 +239,7 @@ def _read_environment() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in sorted(os.environ.items()):
         upper = key.upper()
-        if not upper.startswith(ENV_PREFIX) or upper == ENV_FILE:
+        if not upper.startswith(ENV_PREFIX) or upper == ENV_FILE or _OF_A_SERVICE.fullmatch(upper):
             continue
         if upper in groups:
             members = ", ".join(v for v, name in names.items() if name.startswith(groups[upper] + "."))

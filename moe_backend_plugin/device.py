@@ -14,7 +14,7 @@ from typing import Literal
 
 from moe_backend_plugin.config import PluginConfig
 from moe_backend_plugin.errors import ConfigError, UnsupportedLayerError
-from moe_backend_plugin.kernels.compile import architecture_of
+from moe_backend_plugin.kernels.compile import ARCHITECTURES, architecture_of, capabilities
 
 LayerKind = Literal["moe", "linear", "gdn"]
 LAYER_KINDS: tuple[LayerKind, ...] = ("moe", "linear", "gdn")
@@ -23,7 +23,7 @@ LAYER_NAMES = {"moe": "NVFP4 MoE", "linear": "dense NVFP4", "gdn": "gated-delta-
 FLASHINFER = ((10, 0), (10, 3))
 """Compute capabilities on which FlashInfer's CuTe DSL kernels can serve NVFP4 MoE layers through this package."""
 # Layer kinds with CuTe DSL kernels of this package: the architectures these are written for, and those where auto takes them.
-_WRITTEN = {"moe": ("sm_90a",), "linear": ("sm_90a",), "gdn": ("sm_90a", "sm_100a")}
+_WRITTEN = {"moe": ("sm_90a",), "linear": ("sm_90a",), "gdn": ARCHITECTURES}
 _AUTO = {"moe": ("sm_90a",), "gdn": ("sm_90a",)}
 # Why auto does not take them where they could be.
 _UNTRIED = {
@@ -33,7 +33,7 @@ _UNTRIED = {
 _GPUS = {
     "moe": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has), or in vLLM 10.0 or 10.3 with FlashInfer",
     "linear": "a GPU of compute capability 9.0 (these kernels are wgmma, which only Hopper has)",
-    "gdn": "a GPU of compute capability 9.0 or 10.x",
+    "gdn": f"a GPU of compute capability {capabilities()}",
 }
 _SERVED = {"moe": "NVFP4 MoE layers", "linear": "dense NVFP4 layers", "gdn": "gated-delta-net decode"}
 # What the engines run on each architecture without this package.

@@ -6,6 +6,7 @@ written out. Both see the same token ids, so that kernels, weight layouts and ro
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -182,6 +183,11 @@ def score_transformers(
             logprobs += scored.flatten().tolist()
             top1 += logits.argmax(-1).flatten().tolist()
             progress(len(tokens))
+    if device == "cuda":
+        # The engine's process asks for most of the GPU, of which torch would keep what the model took.
+        del network, logits, scored
+        gc.collect()
+        torch.cuda.empty_cache()
     return Scores(logprobs, top1)
 
 

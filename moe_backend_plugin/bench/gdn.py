@@ -447,7 +447,7 @@ class _Session:
             except Exception as error:  # noqa: BLE001  another project's kernel may raise anything; the reason is stored
                 torch.cuda.synchronize()  # raises once more if the device is lost: then nothing after this would be true
                 self.failed[key] = f"at B={case.B}: {first_line(error)}"
-                self._skip(name, case, first_line(error))
+                self._skip(name, case, first_line(error), failed=True)
             else:
                 self.result["rows"].append(row(case, name, us, copy_us, self.result["ceilings"]["copy_TB_s"]))
                 said.append(f"{name} {us:.2f}")
@@ -460,8 +460,8 @@ class _Session:
             raise RuntimeError(f"differs from the reference: {reason}")
         return self.clock.time(launch, inputs.warm(provider))
 
-    def _skip(self, name: str, case: Case, reason: str) -> None:
-        self.result["skipped"].append({"provider": name, **_case_fields(case), "reason": reason})
+    def _skip(self, name: str, case: Case, reason: str, **more: bool) -> None:
+        self.result["skipped"].append({"provider": name, **_case_fields(case), "reason": reason, **more})
         self.say(f"  {case}: {name} skipped: {reason}")
 
 

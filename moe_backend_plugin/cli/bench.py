@@ -36,6 +36,7 @@ def gdn(
     from moe_backend_plugin.bench import gdn as bench
     from moe_backend_plugin.bench import report
     from moe_backend_plugin.bench.stamp import results_folder, slug
+    from moe_backend_plugin.kernels.compile import ARCHITECTURES
 
     options = bench.Options(
         batch=_numbers("--batch", batch, range(1, 4097)),
@@ -48,12 +49,14 @@ def gdn(
     check_files(out, "--plot", plot)
     if not bench.plan(options):
         raise InputError("bench gdn", "no case that the chosen providers serve", "another choice of --tokens, --state or --providers")
-    device, stamp = _device("bench gdn")
+    device, stamp = _device("bench gdn", ARCHITECTURES)
     out = out or results_folder() / f"gdn_{slug(stamp['device'])}.json"
     result = _run(bench.run(options, device, say=_say), stamp, out)
     _print(result, report.summary(result))
     print(f"{out}: {len(result['rows'])} rows")
     _plot(report.plot, result, out, plot)
+    if any(entry.get("failed") and entry["provider"].startswith("plugin") for entry in result["skipped"]):
+        raise typer.Exit(EXIT_WRONG)
 
 
 @app.command()
@@ -73,6 +76,8 @@ def moe(
     from moe_backend_plugin.bench import moe as bench
     from moe_backend_plugin.bench import moe_report
     from moe_backend_plugin.bench.stamp import results_folder, slug
+    from moe_backend_plugin.config import load_config
+    from moe_backend_plugin.moe import cuda
 
     options = bench.Options(
         models=_names("--models", models, list(bench.MODELS)),
@@ -85,7 +90,8 @@ def moe(
     if not options.seconds > 0:
         raise InputError("--seconds", str(options.seconds), "more than 0")
     check_files(out, "--plot", plot)
-    device, stamp = _device("bench moe", bench.KERNELS)
+    device, stamp = _device("bench moe", cuda.ARCHITECTURES, bench.KERNELS)
+    stamp["tactics"] = load_config().moe.tactics
     out = out or results_folder() / f"moe_{slug(stamp['device'])}.json"
     others = _kept(out, stamp) if keep else None
     found = bench.run(options, device, say=_say)
@@ -230,19 +236,26 @@ def _where(entry: dict[str, Any], but: str) -> str:
     return " ".join(f"{key} {value}" for key, value in entry.items() if key != but)
 
 
-def _device(name: str, kernels: str | Sequence[str] = "gdn_decode"):
-    """The GPU to time and the stamp of its results. Raises InputError where this package's kernels cannot run."""
+def _device(name: str, architectures: Sequence[str], kernels: str | Sequence[str] = "gdn_decode"):
+    """The GPU to time and the stamp of its results; folder and tactics are the settings' from here on.
+
+    Raises InputError where kernels of ``architectures`` cannot run.
+    """
     import torch
 
     from moe_backend_plugin.bench.stamp import as_run, gpu_stamp
 
     check_gpu(name, "a machine with an NVIDIA GPU and torch built for CUDA")
-    from moe_backend_plugin.kernels.compile import architecture_of
+    from moe_backend_plugin.config import load_config
+    from moe_backend_plugin.engines import experts
+    from moe_backend_plugin.kernels.compile import architecture_of, capabilities, shown
 
+    experts.use(load_config())
     device = torch.device("cuda", torch.cuda.current_device())
     capability = torch.cuda.get_device_capability(device)
-    if architecture_of(capability) is None:
-        raise InputError(name, f"{torch.cuda.get_device_name(device)}, compute capability {capability}", "9.0 and 10.x")
+    if architecture_of(capability) not in architectures:
+        found = f"{torch.cuda.get_device_name(device)}, compute capability {shown(capability)}"
+        raise InputError(name, found, f"compute capability {capabilities(architectures)}")
     return device, gpu_stamp(torch.cuda.get_device_name(device), as_run("moe-backend"), kernels)
 
 

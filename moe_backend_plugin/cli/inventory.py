@@ -110,11 +110,13 @@ def experts_problem(text: dict[str, Any], precision: Literal["bf16", "nvfp4"] = 
     from moe_backend_plugin.moe.problem import Activation, MoEProblem
 
     sizes = _experts(text), text.get("hidden_size"), text.get("moe_intermediate_size") or text.get("intermediate_size")
-    top_k, function = text.get("num_experts_per_tok"), text.get("hidden_act")
+    top_k, function = text.get("num_experts_per_tok"), text.get("hidden_act") or text.get("mlp_hidden_act")
     if None in (*sizes, top_k, function):
         return None
     experts, hidden, width = sizes
-    return MoEProblem(experts, experts, hidden, width, top_k, Activation.parse(function, limit=text.get("swiglu_limit")), precision)
+    activation = Activation.parse(function, limit=text.get("swiglu_limit"))
+    on_input = text.get("model_type") == "llama4_text"  # no field says it: the engines' model does
+    return MoEProblem(experts, experts, hidden, width, top_k, activation, precision, apply_router_weight_on_input=on_input)
 
 
 def _experts(text: dict[str, Any]) -> int | None:

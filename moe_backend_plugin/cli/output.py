@@ -97,6 +97,12 @@ def model_folder(model: Path, name: str = "MODEL") -> dict[str, Any]:
     return config
 
 
+def is_quantized(model: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder of this config.json says that its weights are quantised."""
+    described = any("quantization_config" in part for part in (config, config.get("text_config", {})))
+    return described or (model / "hf_quant_config.json").exists()
+
+
 def check_files(out: Path | None, option: str, picture: Path | None) -> None:
     """Refuse what cannot be written to: ``--out``, and the picture of ``option``. Raises InputError."""
     for name, file in (("--out", out), (option, picture)):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_backend_plugin.cli.output import InputError, command, first_line, model_folder, size
+from moe_backend_plugin.cli.output import InputError, command, first_line, is_quantized, model_folder, size
 
 INSTALL = 'pip install "moe-backend-plugin[quantize]"'
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.tiktoken")
@@ -63,7 +63,7 @@ def quantize_model(
 ) -> None:
     """Write the quantised model to ``out``, which appears only when it is complete. Raises InputError, CheckpointError."""
     config = model_folder(model)
-    if "quantization_config" in config or (model / "hf_quant_config.json").exists():
+    if is_quantized(model, config):
         raise InputError("MODEL", f"{str(model)!r}, which is already quantised", "a bf16, fp16 or fp32 model")
     if out.exists():
         raise InputError("OUT", f"{str(out)!r}, which exists", "a folder that does not exist yet")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -99,32 +99,38 @@ def tune(
     path = out or tactic_cache.path_of(machine.kind)
     tactic_cache.refuse_unwritable(path)
     edges = edges_of(machine.kind.multiprocessors, family)
-    before = tactic_cache.entry_of(path, problem, tokens, machine.kind) if resume else None
-    held = set(before["buckets"]) if before else set()
+    held = _held(path, problem, tokens, machine.kind)
+    missing = {edge for edge in edges if not (resume and str(edge) in held)}
     try:
-        with _progress(len([edge for edge in edges if str(edge) not in held])) as (say, step):
-            for found in tuner.tune(
-                *(problem, max_tokens, machine.kind.multiprocessors, machine.make, options),
-                dtype=tokens,
-                sizes=wanted,
-                forced=forced,
-                skip=lambda last: str(last) in held,
-                progress=say,
-                family=family,
-            ):
-                tactic_cache.write_bucket(path, problem, tokens, machine.kind, found.last, found.as_dict())
-                step(found)
+        with _progress(len(missing)) as (say, step):
+            while missing:
+                kept = {last: bucket for last, bucket in held.items() if int(last) not in missing}
+                for found in tuner.tune(
+                    *(problem, max_tokens, machine.kind.multiprocessors, machine.make, options),
+                    dtype=tokens,
+                    sizes=wanted,
+                    forced=forced,
+                    skip=lambda last, missing=missing: last not in missing,
+                    struck=_struck(kept, family),
+                    progress=say,
+                    family=family,
+                ):
+                    tactic_cache.write_bucket(path, problem, tokens, machine.kind, found.last, found.as_dict())
+                    step(found)
+                # What was wrong at a later count may have won before; no server would use such a bucket.
+                held = _held(path, problem, tokens, machine.kind)
+                wrong = {family.name(tactic) for tactic in _struck(held, family)}
+                missing = {edge for edge in edges if held[str(edge)]["tactic"] in wrong}
     except tuner.Struck as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_WRONG) from None
-    entry = tactic_cache.entry_of(path, problem, tokens, machine.kind)
-    done = {last: bucket for last, bucket in entry["buckets"].items() if int(last) in edges}
+    done = {last: bucket for last, bucket in held.items() if int(last) in edges}
     title = f"{model}, {problem.num_local_experts} of {problem.num_experts} experts, on {slug(machine.kind.name)}"
     print_table(title, tune_report.COLUMNS, tune_report.lines(done))
     struck: dict[str, str] = {}
     for last, bucket in done.items():
         for name, reason in bucket["struck"].items():
-            struck.setdefault(name, f"{last} tokens: {reason}")
+            struck.setdefault(name, reason if reason.startswith("at ") else f"{last} tokens: {reason}")
     for name, reason in struck.items():
         print(f"struck out: {name}: {reason}")
     print(tune_report.summary(done))
@@ -185,6 +191,24 @@ def _biases(name: str | None) -> Any:
     return switches[name]
 
 
+def _held(path: Path, problem: MoEProblem, tokens: Any, kind: Kind) -> dict[str, dict[str, Any]]:
+    """The buckets that a file has for the problem on this device, by their last number of tokens."""
+    from moe_backend_plugin.moe import tactic_cache
+
+    found = tactic_cache.entry_of(path, problem, tokens, kind)
+    return {last: bucket for last, bucket in found["buckets"].items() if last.isdecimal() and isinstance(bucket, dict)} if found else {}
+
+
+def _struck(buckets: Mapping[str, dict[str, Any]], family: Family) -> dict[Tactic, str]:
+    """What was struck out in any of these buckets, and why."""
+    found = {}
+    for last, bucket in buckets.items():
+        for name, reason in bucket.get("struck", {}).items():
+            with suppress(ValueError):  # a tactic that these kernels no longer have
+                found.setdefault(family.parse(name), reason if reason.startswith("at ") else f"at {last} tokens {reason}")
+    return found
+
+
 def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[..., list[int]], forced: Tactic | None) -> Machine:
     """The GPU of this process, with every kernel that is to be timed compiled, or, of FlashInfer's, there to be compiled at its first
     launch; ``edges_of`` gives the buckets by its multiprocessors and its family of tactics.
@@ -239,8 +263,9 @@ def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[Tun
 
         def line(found: Tuned) -> None:
             times = f"{found.us:.1f} us, the heuristic's {found.heuristic_us:.1f}"
-            name = found.family.name(found.tactic)
-            print(f"bucket {next(numbers)} of {total}, to {found.last} tokens: {name}, {times}", file=sys.stderr, flush=True)
+            name, number = found.family.name(found.tactic), next(numbers)
+            where = f"bucket {number} of {total}" if number <= total else "once more"
+            print(f"{where}, to {found.last} tokens: {name}, {times}", file=sys.stderr, flush=True)
 
         yield lambda what: None, line
         return

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, model_folder, print_json, print_table
+from moe_backend_plugin.cli.output import EXIT_WRONG, InputError, command, is_quantized, model_folder, print_json, print_table
 
 
 @command
 def verify(
+    context: typer.Context,
     model: Annotated[Path | None, typer.Argument(help="Folder of the NVFP4 model; an unquantised one is compared with itself.")] = None,
     kernels: Annotated[
         bool,
@@ -35,8 +36,10 @@ def verify(
 ) -> None:
     """Compare vLLM with transformers on the dequantised weights; exit 1 when they differ too much."""
     if kernels:
-        if model is not None:
-            raise InputError("MODEL", f"{str(model)!r} beside --kernels", "one of them")
+        for name in context.params:
+            if name not in ("kernels", "as_json") and context.get_parameter_source(name).name == "COMMANDLINE":
+                said = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+                raise InputError(said, f"{str(context.params[name])!r} beside --kernels", "one of them")
         _kernels(as_json)
         return
     if model is None:
@@ -65,9 +68,12 @@ def _kernels(as_json: bool) -> None:
 
     from moe_backend_plugin import self_check
     from moe_backend_plugin.cli.output import check_gpu
+    from moe_backend_plugin.config import load_config
     from moe_backend_plugin.device import FLASHINFER
+    from moe_backend_plugin.engines import experts
     from moe_backend_plugin.moe import blackwell
 
+    experts.use(load_config())
     device, name = torch.device("cpu"), "CPU"
     if torch.cuda.is_available():
         device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
@@ -136,11 +142,11 @@ def _run(
     model: Path, tokens: int, window: int, bf16: Path | None, dtype: str, device: str, additional: dict[str, Any]
 ) -> tuple[Any, float | None]:
     config = model_folder(model)
-    quantized = _is_quantized(model, config)
+    quantized = is_quantized(model, config)
     longest = config.get("text_config", config).get("max_position_embeddings")
     if longest and window >= longest:
         raise InputError("--window", str(window), f"less than the model's {longest} positions")
-    if bf16 is not None and _is_quantized(bf16, model_folder(bf16, "--bf16")):
+    if bf16 is not None and is_quantized(bf16, model_folder(bf16, "--bf16")):
         raise InputError("--bf16", f"{str(bf16)!r}, which is quantised", "the unquantised original")
     for package in ("transformers", "vllm"):
         if importlib.util.find_spec(package) is None:
@@ -173,10 +179,6 @@ def _run(
         progress.add_task("vLLM", total=None)
         served = score_vllm(model, text, QUANTIZATION if quantized else None, additional_config=additional)
     return compare(served, expected), original
-
-
-def _is_quantized(model: Path, config: dict[str, Any]) -> bool:
-    return "quantization_config" in config or (model / "hf_quant_config.json").exists()
 
 
 def _print(model: Path, found, original: float | None, bounds, passed: bool) -> None:

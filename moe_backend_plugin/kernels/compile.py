@@ -29,9 +29,10 @@ from typing import Any
 
 logger = logging.getLogger("moe_backend_plugin.kernels")
 
-ARCHITECTURES = ("sm_90a", "sm_100a")
+_ARCHITECTURES = {(9, 0): "sm_90a", (10, 0): "sm_100a", (10, 3): "sm_103a"}
+# Code for an architecture with an "a" loads on no other compute capability.
+ARCHITECTURES = tuple(_ARCHITECTURES.values())
 """What the kernels are written for."""
-_CAPABILITIES = {"sm_90a": "9.0", "sm_100a": "10.x"}
 CACHE_VARIABLE = "MOE_BACKEND_PLUGIN_KERNEL_CACHE"
 ENTRY = "kernel"
 """The name of the function inside an object file."""
@@ -44,7 +45,7 @@ _folder: str = ""
 
 def architecture_of(capability: tuple[int, int]) -> str | None:
     """The architecture to compile for on a GPU of this compute capability, or None where no kernel of this package runs."""
-    return {9: "sm_90a", 10: "sm_100a"}.get(capability[0])
+    return _ARCHITECTURES.get(capability)
 
 
 @cache
@@ -55,9 +56,19 @@ def device_architecture(index: int, allowed: tuple[str, ...] = ARCHITECTURES) ->
     capability = torch.cuda.get_device_capability(index)
     found = architecture_of(capability)
     if found not in allowed:
-        capabilities = " and ".join(_CAPABILITIES[architecture] for architecture in allowed)
-        raise RuntimeError(f"device {index}: compute capability {capability}, allowed {capabilities}")
+        raise RuntimeError(f"device {index}: compute capability {shown(capability)}, allowed {capabilities(allowed)}")
     return found
+
+
+def shown(capability: tuple[int, int]) -> str:
+    """A compute capability in words: "9.0"."""
+    return ".".join(map(str, capability))
+
+
+def capabilities(architectures: Iterable[str] = ARCHITECTURES) -> str:
+    """The compute capabilities of these architectures, in words."""
+    found = [shown(capability) for capability, architecture in _ARCHITECTURES.items() if architecture in architectures]
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))
 
 
 def name_of(dtype: Any) -> str:
@@ -89,7 +100,7 @@ def cache_folder() -> Path:
     """Where object files lie: as ``use_cache_folder`` said, else ``$MOE_BACKEND_PLUGIN_KERNEL_CACHE``, else the user's cache."""
     named = _folder or os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_backend_plugin" / "kernels"
 
 
@@ -165,7 +176,7 @@ def prepare(family: str, variants: Iterable[Any], architecture: str, *, jobs: in
 
 @contextmanager
 def _turn() -> Iterator[None]:
-    """Alone among the processes that use this cache folder; where it cannot be written, not alone."""
+    """Alone among the processes that use this cache folder; where it cannot be written, or has no locks, not alone."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         lock = open(cache_folder() / ".lock", "w")
@@ -173,7 +184,9 @@ def _turn() -> Iterator[None]:
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Without locks on this filesystem they compile side by side, and the last to store a kernel leaves it.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

@@ -132,7 +132,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s is ignored: it cannot be read (%s)", path, error)
         return []
     if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("entries"), list):
@@ -200,7 +200,7 @@ def _buckets(entry: dict[str, Any], problem: MoEProblem, family: Family, path: P
                 reason = f"tactic {bucket['tactic']} was struck out"
             if not 1 <= found.first <= found.last <= buckets.MOST_TOKENS:
                 reason = f"tokens {found.first} to {found.last}"
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason:
             logger.warning("%s: the bucket of %s tokens is ignored: %s", path, last, reason)
@@ -238,7 +238,7 @@ def _is_empty(path: Path) -> bool:
     """Whether the file is a good one without entries."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT and found.get("entries") == []
 

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -255,20 +255,22 @@ def tune(
     sizes: Sequence[int] = (),
     forced: Tactic | None = None,
     skip: Callable[[int], bool] = lambda last: False,
+    struck: Mapping[Tactic, str] | None = None,
     progress: Callable[[str], None] = lambda what: None,
     family: Family = HOPPER,
 ) -> Iterator[Tuned]:
     """Tune every bucket, ascending; each comes as soon as it is done, so that it can be stored.
 
     ``make`` makes the inputs of a bucket. ``forced``: vet and time only this tactic (beside the heuristic's) and let it win. ``skip``: of
-    buckets that need no tuning. ``progress`` is told what is under way. ``family``: whose tactics are tuned.
+    buckets that need no tuning. ``struck``: what was struck out before, and why. ``progress`` is told what is under way. ``family``: whose
+    tactics are tuned.
     Raises Struck if no tactic of a bucket, or not the forced one, is right; PluginError (a ValueError) if that is not valid.
     """
     biases = options.biases
     if forced is not None and (reason := family.validity(problem, forced)):
         raise PluginError(f"tactic {family.name(forced)}", reason, "a tactic that the kernels can have")
     before, first = None, 1
-    struck: dict[Tactic, str] = {}
+    struck = dict(struck or {})
     for last in buckets.edges(problem, max_tokens, multiprocessors, sizes, biases.capped_at, family):
         if not skip(last):
             heuristic = family.heuristic(problem, last, multiprocessors)

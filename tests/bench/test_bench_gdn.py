@@ -345,7 +345,7 @@ def measured(monkeypatch):
     from moe_backend_plugin.cli import bench
 
     result = a_result()
-    monkeypatch.setattr(bench, "_device", lambda name: (torch.device("cpu"), result.pop("stamp")))
+    monkeypatch.setattr(bench, "_device", lambda name, architectures: (torch.device("cpu"), result.pop("stamp")))
     monkeypatch.setattr(gdn, "run", lambda options, device, say: iter([{**result, "rows": result["rows"][:2]}, result]))
     return bench
 
@@ -364,3 +364,16 @@ def test_json_plot_and_figures(measured, tmp_path):
     assert result.exit_code == 0, result.output
     assert out.exists() and out.with_suffix(".png").exists()
     assert "speed-up over triton-spec" in result.output and "1.500 (1.500 .. 1.500, 1 cases)" in result.output
+
+
+def test_a_kernel_of_this_package_that_fails_ends_the_command_with_1(measured, monkeypatch, tmp_path):
+    """One of another project, or one for which a pool is too small, does not."""
+    pytest.importorskip("matplotlib")
+    rest = {key: value for key, value in a_result().items() if key != "stamp"}
+    codes = []
+    for provider, more in (("plugin-norm", {"failed": True}), ("triton", {"failed": True}), ("plugin", {})):
+        skipped = [{"provider": provider, "B": 1, "reason": "differs from the reference", **more}]
+        monkeypatch.setattr(measured, "_device", lambda *_: (torch.device("cpu"), a_result()["stamp"]))
+        monkeypatch.setattr(gdn, "run", lambda *_, skipped=skipped, **__: iter([{**rest, "skipped": skipped}]))
+        codes.append(CliRunner().invoke(app, ["bench", "gdn", "--out", str(tmp_path / "a.json")]).exit_code)
+    assert codes == [1, 0, 0]

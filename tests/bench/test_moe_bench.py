@@ -504,13 +504,41 @@ def test_without_a_gpu(monkeypatch):
     assert result.exit_code == 2 and "bench moe: found no CUDA device that torch can use" in result.stderr
 
 
+def test_the_gpu_to_time_and_the_settings_it_is_timed_with(monkeypatch, tmp_path):
+    """A server's own: its folder of kernels, its tactics."""
+    from moe_backend_plugin.cli import bench
+    from moe_backend_plugin.kernels import compile as kernels
+    from moe_backend_plugin.moe import tactics
+
+    capability = (10, 0)
+    monkeypatch.setattr(bench, "check_gpu", lambda *_: None)
+    for name, found in (("current_device", 0), ("get_device_name", "NVIDIA B200")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(kernels, "_folder", "")
+    monkeypatch.setattr(tactics, "_mode", "cache")
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_MOE__TACTICS", "heuristic")
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_KERNEL_CACHE", str(tmp_path))
+    result = CliRunner().invoke(app, ["bench", "moe", "--quick"])
+    words = "bench moe: found NVIDIA B200, compute capability 10.0; allowed: compute capability 9.0"
+    assert result.exit_code == 2 and words in result.stderr
+    assert tactics._mode == "heuristic" and kernels._folder == str(tmp_path)
+    assert bench._device("bench gdn", kernels.ARCHITECTURES)[1]["device"] == "NVIDIA B200"
+    capability = (9, 0)
+    stamps = []
+    monkeypatch.setattr(bench, "_run", lambda found, stamp, out: stamps.append(stamp) or pytest.fail("enough"))
+    with pytest.raises(pytest.fail.Exception):
+        CliRunner().invoke(app, ["bench", "moe", "--quick", "--out", str(tmp_path / "a.json")], catch_exceptions=False)
+    assert stamps[0]["tactics"] == "heuristic"
+
+
 def test_command_writes_json_and_plot_and_says_what_failed(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     from moe_backend_plugin.cli import bench
 
     result = a_result()
     asked = []
-    monkeypatch.setattr(bench, "_device", lambda name, kernels: (CPU, result["stamp"]))
+    monkeypatch.setattr(bench, "_device", lambda name, architectures, kernels: (CPU, result["stamp"]))
     rest = {key: value for key, value in result.items() if key != "stamp"}
     monkeypatch.setattr(moe, "run", lambda options, device, say: asked.append(options) or iter([rest]))
     out = tmp_path / "new" / "moe_h200.json"

@@ -276,6 +276,31 @@ def test_doctor_model_that_cannot_be_served(packages, tmp_path):
     assert result.exit_code == 1 and "problem: checkpoint: " in result.output
 
 
+def test_doctor_on_a_model_that_is_not_quantised(packages, tmp_path):
+    """Nothing is wrong with it: its gated-delta-net layers are served."""
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen3NextForCausalLM"], "num_hidden_layers": 4}))
+    save_file({"model.layers.0.linear_attn.out_proj.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    result = run("doctor", "--model", tmp_path)
+    assert result.exit_code == 0 and "checkpoint check: not quantised" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ({"model_type": "nemotron_h", "n_routed_experts": 8, "mlp_hidden_act": "relu2"}, ("relu2", False)),
+        ({"model_type": "llama4_text", "num_local_experts": 8, "hidden_act": "silu"}, ("silu", True)),
+    ],
+)
+def test_the_expert_layers_of_models_that_say_it_in_their_own_way(text, wanted):
+    from moe_backend_plugin.cli.inventory import experts_problem
+
+    found = experts_problem({"hidden_size": 256, "moe_intermediate_size": 128, "num_experts_per_tok": 2, **text})
+    assert (found.activation.kind, found.apply_router_weight_on_input) == wanted
+
+
 # --- config --------------------------------------------------------------------------------------------------------------------------
 
 

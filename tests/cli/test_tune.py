@@ -124,6 +124,43 @@ def test_names_what_is_struck_out(gpu, tmp_path):
     assert result.exit_code == 0 and f"struck out: {name}: 1 tokens: not finite" in result.stdout
 
 
+@pytest.fixture
+def favourite(monkeypatch):
+    """The name of a tactic that is by far the fastest at every number of tokens."""
+    name = tactics.name(tiles.Choice(tiles.FEW, tiles.FEW))
+
+    def favouring(problem, us=formula):
+        return lambda tactic, conditions: us(problem)(tactic, conditions) * (0.1 if tactics.name(tactic) == name else 1)
+
+    monkeypatch.setattr(sys.modules[__name__], "formula", favouring)
+    return name
+
+
+def test_what_is_struck_out_later_wins_nowhere(gpu, favourite, tmp_path):
+    """Neither in earlier buckets of the run nor in those of the run that it resumes: servers would use none of them."""
+    out, make = tmp_path / "t.json", gpu.make
+    assert run("qwen3-30b-a3b", "--max-tokens", 1, "--out", out).exit_code == 0
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert entry["buckets"]["1"]["tactic"] == favourite
+    gpu.make = lambda conditions: gpu.wrong.update({favourite: "nan"} if conditions.tokens == 4 else {}) or make(conditions)
+    result = run("qwen3-30b-a3b", "--max-tokens", 4, "--resume", "--out", out)
+    assert result.exit_code == 0 and f"struck out: {favourite}: at 4 tokens not finite" in result.stdout, result.output
+    assert "bucket 3 of 3, to 4 tokens" in result.stderr and "once more, to 1 tokens" in result.stderr
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert len(entry["buckets"]) >= 3 and all(bucket["tactic"] != favourite for bucket in entry["buckets"].values())
+
+
+def test_a_resumed_run_remembers_what_was_struck_out(gpu, favourite, tmp_path):
+    out = tmp_path / "t.json"
+    gpu.wrong = {favourite: "nan"}
+    assert run("qwen3-30b-a3b", "--max-tokens", 2, "--out", out).exit_code == 0
+    gpu.wrong = {}
+    assert run("qwen3-30b-a3b", "--max-tokens", 4, "--resume", "--out", out).exit_code == 0
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert entry["buckets"]["4"]["struck"][favourite] == "at 1 tokens not finite: 1 of 4 values"
+    assert all(bucket["tactic"] != favourite for bucket in entry["buckets"].values())
+
+
 def test_a_forced_tactic_that_is_wrong(gpu, tmp_path):
     name = tactics.name(tiles.Choice(tiles.SOME, tiles.SOME))
     gpu.wrong = {name: "wrong"}

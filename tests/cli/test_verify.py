@@ -199,5 +199,6 @@ def test_a_gpu_whose_kernels_are_not_here_is_bad_input(monkeypatch, capability, 
 
 def test_a_model_or_the_kernels():
     assert "allowed: one of them" in invoke(str(MOE), "--kernels").stderr
+    assert "--tokens: found '5' beside --kernels; allowed: one of them" in invoke("--kernels", "--tokens", "5").stderr
     nothing = invoke()
     assert nothing.exit_code == 2 and "--kernels" in nothing.stderr

@@ -69,6 +69,21 @@ def test_sources_win_in_order_and_merge(config_file, monkeypatch):
     }
 
 
+def test_an_empty_kernel_cache_is_not_set(config_file, monkeypatch):
+    """As in the sample file, which lists every setting: the folder that a container's variable names stays in force."""
+    monkeypatch.setenv("MOE_BACKEND_PLUGIN_KERNEL_CACHE", "/var/cache/kernels")
+    path = config_file('kernel_cache: ""\nstrict: true\n')
+    for extra in ({}, {"kernel_cache": ""}):
+        found = sources(load_config(extra))
+        assert found["kernel_cache"] == ("/var/cache/kernels", "MOE_BACKEND_PLUGIN_KERNEL_CACHE") and found["strict"] == (True, path)
+
+
+@pytest.mark.parametrize("name", ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP", "PORT_8000_TCP_ADDR"])
+def test_what_kubernetes_says_of_a_service_of_this_name_is_no_setting(monkeypatch, name):
+    monkeypatch.setenv(f"MOE_BACKEND_PLUGIN_{name}", "10.0.0.1")
+    assert load_config() == PluginConfig()
+
+
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("0", False), ("False", False)])
 def test_booleans_of_the_environment(monkeypatch, text, value):
     monkeypatch.setenv("MOE_BACKEND_PLUGIN_TAKE_NVFP4_CHECKPOINTS", text)

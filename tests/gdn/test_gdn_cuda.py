@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from moe_backend_plugin.gdn import reference, support
 from moe_backend_plugin.gdn.slots import NullRule, PoolLayout, Slots
+from moe_backend_plugin.kernels.compile import architecture_of, capabilities
 
 
 def missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     capability = torch.cuda.get_device_capability()
-    return None if capability[0] in (9, 10) else f"compute capability {capability}; the kernels run on 9.0 and 10.x"
+    return None if architecture_of(capability) else f"compute capability {capability}; the kernels run on {capabilities()}"
 
 
 if reason := missing():

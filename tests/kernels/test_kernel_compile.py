@@ -1,5 +1,6 @@
 """Storing and loading compiled kernels, without a GPU. Compiling takes seconds, so the tests share one folder of kernels."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -17,13 +18,13 @@ from moe_backend_plugin.kernels import compile as kernels  # noqa: E402  must no
 from moe_backend_plugin.kernels.gdn_decode import Variant  # noqa: E402
 
 FAMILY = "gdn_decode"
-HOPPER, BLACKWELL = kernels.ARCHITECTURES
+HOPPER, BLACKWELL, ULTRA = kernels.ARCHITECTURES
 PLAIN, OTHER = Variant(), Variant(heads_per_group=4)
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """A folder with one kernel, compiled for both architectures."""
+    """A folder with one kernel, compiled for every architecture."""
     folder = tmp_path_factory.mktemp("kernels") / "not" / "there"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.CACHE_VARIABLE, str(folder))
@@ -50,9 +51,9 @@ def compiled(monkeypatch):
     return calls
 
 
-def test_both_architectures_compile_here(stored):
+def test_every_architecture_compiles_here(stored):
     files = sorted(path.name for path in stored.iterdir())
-    assert len(files) == 2 and files[0].startswith(f"{FAMILY}-{BLACKWELL}-") and files[1].startswith(f"{FAMILY}-{HOPPER}-")
+    assert [name.split("-")[1] for name in files] == [BLACKWELL, ULTRA, HOPPER] and {name.split("-")[0] for name in files} == {FAMILY}
     assert all((stored / name).read_bytes().startswith(b"\x7fELF") for name in files)
 
 
@@ -166,7 +167,7 @@ def test_the_name_changes_with_all_that_goes_in(cache, monkeypatch):
     before = names()
     assert before == names() and before[0] == kernels.object_file(FAMILY, Variant(), HOPPER) and before[0].parent == cache
     monkeypatch.setattr(kernels, "source_hash", lambda family: "0" * 16)
-    assert len({*before, *names()}) == 8
+    assert len({*before, *names()}) == 12
 
 
 def test_the_source_hash_is_of_the_family(tmp_path, monkeypatch):
@@ -179,11 +180,21 @@ def test_the_source_hash_is_of_the_family(tmp_path, monkeypatch):
     assert source_hash(FAMILY) != here
 
 
+def test_without_locks_on_the_filesystem_kernels_are_prepared_all_the_same(cache, compiled, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(kernels.fcntl, "flock", flock)
+    assert kernels.prepare(FAMILY, [PLAIN], HOPPER) == 0 and not compiled
+
+
 def test_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv(kernels.CACHE_VARIABLE, str(tmp_path))
     assert kernels.cache_folder() == tmp_path
     kernels.use_cache_folder(str(tmp_path / "named"))
     assert kernels.cache_folder() == tmp_path / "named"
+    kernels.use_cache_folder("~/kernels")
+    assert kernels.cache_folder() == Path.home() / "kernels"
     kernels.use_cache_folder("")
     monkeypatch.delenv(kernels.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -194,17 +205,19 @@ def test_the_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("call", [kernels.compile_for, kernels.store, kernels.load])
 def test_unknown_architectures_are_refused(cache, call):
-    with pytest.raises(ValueError, match="architecture: found 'sm_80', allowed sm_90a, sm_100a"):
+    with pytest.raises(ValueError, match="architecture: found 'sm_80', allowed sm_90a, sm_100a, sm_103a"):
         call(FAMILY, PLAIN, "sm_80")
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 3
 
 
 @pytest.mark.parametrize(
     ("capability", "architecture", "refusals"),
     [
         ((9, 0), "sm_90a", {}),
-        ((10, 3), "sm_100a", {("sm_90a",): "9.0"}),
-        ((8, 9), None, {kernels.ARCHITECTURES: "9.0 and 10.x", ("sm_90a",): "9.0"}),
+        ((10, 0), "sm_100a", {("sm_90a",): "9.0"}),
+        ((10, 3), "sm_103a", {("sm_90a",): "9.0"}),
+        ((10, 1), None, {kernels.ARCHITECTURES: "9.0, 10.0 or 10.3", ("sm_90a",): "9.0"}),
+        ((8, 9), None, {kernels.ARCHITECTURES: "9.0, 10.0 or 10.3", ("sm_90a",): "9.0"}),
     ],
 )
 def test_the_architecture_of_a_device(monkeypatch, capability, architecture, refusals):
@@ -214,4 +227,4 @@ def test_the_architecture_of_a_device(monkeypatch, capability, architecture, ref
     for allowed, text in refusals.items():
         with pytest.raises(RuntimeError) as error:
             ask(3, allowed)
-        assert str(error.value) == f"device 3: compute capability {capability}, allowed {text}"
+        assert str(error.value) == f"device 3: compute capability {capability[0]}.{capability[1]}, allowed {text}"

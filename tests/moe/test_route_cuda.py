@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from moe_backend_plugin.kernels.compile import architecture_of, capabilities
 from moe_backend_plugin.moe import route as r
 from moe_backend_plugin.moe.routing import local_ids
 
@@ -17,7 +18,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA GPU"
     capability = torch.cuda.get_device_capability()
-    return None if capability[0] in (9, 10) else f"compute capability {capability}; the kernels run on 9.0 and 10.x"
+    return None if architecture_of(capability) else f"compute capability {capability}; the kernels run on {capabilities()}"
 
 
 if reason := missing():

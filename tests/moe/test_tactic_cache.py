@@ -109,6 +109,7 @@ BROKEN = {
     "a list": "[]",
     "another format": '{"format": 99, "entries": []}',
     "no entries": '{"format": 1}',
+    "deep": '{"format": 1, "entries": ' + "[" * 100_000 + "]" * 100_000 + "}",
 }
 
 
@@ -140,6 +141,7 @@ BAD_BUCKETS = {
     "backwards": bucket(A, first=9),
     "from nothing": bucket(A, first=0),
     "no number": bucket(A, first="x"),
+    "endless": bucket(A, first=float("inf")),
     "struck nothing": {"first": 9, "tactic": [], "struck": 3},
     "struck out": bucket(A) | {"struck": {tactics.name(A): "wrong"}},
 }
