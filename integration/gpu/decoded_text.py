@@ -121,13 +121,14 @@ def measure(
         reference = dequantize_checkpoint(model, Path(scratch) / "reference")
         for run in runs:
             found, log = run_child(script, "--child", model.name, json.dumps(run))
+            same = first and sum(a == b for a, b in zip(found["texts"], first, strict=True))
             first = first or found["texts"]
             served = [line for line in log.splitlines() if said in line]
             yield {
                 "model": model.name,
                 **run,
                 **compare(found, reference),
-                "texts_as_first_run": sum(a == b for a, b in zip(found["texts"], first, strict=True)),
+                "texts_as_first_run": same,
                 **(more(found, run) if more else {}),
                 "served_by": served[0].split("served by: ")[-1] if served else None,
             }

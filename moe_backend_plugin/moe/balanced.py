@@ -16,7 +16,6 @@ from ..errors import PluginError
 from .problem import MoEProblem
 
 Loads = Literal["even", "equal", "random"]
-LOADS: tuple[str, ...] = ("even", "equal", "random")
 
 
 def local_pairs(problem: MoEProblem, tokens: int) -> int:

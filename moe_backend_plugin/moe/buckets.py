@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import pairwise
 
@@ -26,7 +25,7 @@ def edges(
 
     Every power of two up to it; ``sizes`` that calls are known to have (a server's graphs); and each count after which the heuristic
     changes its choice (that of ``family``), so that no bucket is coarser than the heuristic. ``cap`` is a known mistake of other tuners:
-    nothing above it is tuned, and larger calls run as if they had that many tokens (:func:`edge_of` with ``clamp``).
+    nothing above it is tuned, and larger calls run as if they had that many tokens.
     Raises PluginError (a ValueError) on counts outside 1 .. 131072, or a size above ``max_tokens``.
     """
     sizes = set(sizes)
@@ -45,14 +44,3 @@ def changes(problem: MoEProblem, last: int, multiprocessors: int, family: Family
     """After which counts, of those up to ``last``, the heuristic changes its choice."""
     found = [family.heuristic(problem, tokens, multiprocessors) for tokens in range(1, last + 1)]
     return frozenset(tokens for tokens, (one, next_) in enumerate(pairwise(found), 1) if one != next_)
-
-
-def edge_of(edges: Sequence[int], tokens: int, clamp: bool = False) -> int | None:
-    """The tuned count that stands for a call of ``tokens`` tokens: the next one at or above it, never one below.
-
-    Above the last there is none; ``clamp`` gives the last one instead, which is the mistake that a cap makes.
-    """
-    at = bisect_left(edges, tokens)
-    if at < len(edges):
-        return edges[at]
-    return edges[-1] if clamp and edges else None

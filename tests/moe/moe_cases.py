@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_backend_plugin.moe.cpu import fused_moe_cpu
 from moe_backend_plugin.moe.op import nvfp4_moe, prepare
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.reference import fused_moe
@@ -42,10 +41,6 @@ class Layer:
     def op(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         on_input = self.problem.apply_router_weight_on_input
         return nvfp4_moe(x, *self.prepared, weights, ids, self.problem.activation, apply_router_weight_on_input=on_input, **self.scales)
-
-    def fast(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        on_input = self.problem.apply_router_weight_on_input
-        return fused_moe_cpu(x, *self.prepared, weights, ids, self.problem.activation, on_input, **self.scales)
 
 
 def make_layer(

@@ -13,7 +13,6 @@ from tuner_cases import MULTIPROCESSORS, SMALL, FakeCase, FakeGpu, formula
 from moe_backend_plugin.bench.moe import MODELS
 from moe_backend_plugin.errors import PluginError
 from moe_backend_plugin.moe import tactics, tiles, tuner
-from moe_backend_plugin.moe.buckets import edge_of
 from moe_backend_plugin.moe.tiles import Choice
 from moe_backend_plugin.moe.tuner import Biases, Conditions, Options
 
@@ -226,7 +225,7 @@ def recorded(times: dict[tuple, float]):
 def winner(problem, tokens, us, biases=OPTIONS.biases) -> int:
     """Tokens a tile of the tactic that calls of so many tokens would run."""
     found = tune(problem, tokens, FakeGpu(us, noise=0.001), Options(biases=biases), skip=lambda last: last < min(tokens, 8192))
-    last = edge_of(sorted(found), tokens, clamp=biases.capped_at is not None)
+    last = min((edge for edge in found if edge >= tokens), default=max(found))  # above a cap: as at the cap
     return found[last].tactic.tile_tokens
 
 
