@@ -20,7 +20,7 @@ def verify(
     model: Annotated[Path | None, typer.Argument(help="Folder of the NVFP4 model; an unquantised one is compared with itself.")] = None,
     kernels: Annotated[
         bool,
-        typer.Option("--kernels", help="Instead of a model: this machine's kernels, every shape of either projection, against the reference."),
+        typer.Option("--kernels", help="Instead of a model: this machine's kernels, in every shape, against the reference."),
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of Python's standard library to score.")] = 20_000,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window; each is scored on its own.")] = 512,
