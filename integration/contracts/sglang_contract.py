@@ -14,6 +14,7 @@ MOE = f"{SRT}.layers.moe"
 FUSED_MOE = f"{MOE}.fused_moe_triton.layer.FusedMoE"
 RUNNER_CONFIG = f"{MOE}.moe_runner.base.MoeRunnerConfig"
 MODELOPT = f"{SRT}.layers.quantization.modelopt_quant"
+FP8 = f"{SRT}.layers.quantization.fp8.Fp8MoEMethod"
 CT = f"{SRT}.layers.quantization.compressed_tensors"
 LINEAR = f"{SRT}.layers.attention.linear"
 DISPATCHER = f"{LINEAR}.gdn_backend.GDNKernelDispatcher"
@@ -23,7 +24,7 @@ VIEWS = tuple(
     f"{SRT}.{view}()."
     for view in (
         *("arg_groups.model_override_base.resolved_view", "runtime_context.get_exec", "runtime_context.get_model"),
-        *("runtime_context.get_parallel", "runtime_context.get_schedule"),
+        *("runtime_context.get_flags", "runtime_context.get_parallel", "runtime_context.get_schedule"),
     )
 )
 """Their attributes are the fields of the arguments, which are in USES under the namespaces that declare them."""
@@ -49,9 +50,16 @@ USES: list[Use] = [
     *attributes(f"{FIELDS}.model.Model", "quantization load_format"),
     *attributes(f"{FIELDS}.lora.Lora", "enable_lora lora_paths"),
     *attributes(f"{FIELDS}.schedule.Schedule", "chunked_prefill_size max_prefill_tokens"),
-    *attributes(f"{FIELDS}.parallel.Parallel", "attn_dp_size"),
+    *attributes(f"{FIELDS}.parallel.Parallel", "attn_dp_size pp_size"),
+    *attributes(f"{FIELDS}.disagg.Disagg", "enable_pdmux"),
+    *attributes(f"{FIELDS}.device.Device", "use_ray"),
+    # The model's configuration, for the arguments and for what a layer is not told.
+    *attributes(f"{SRT}.configs.model_config.ModelConfig", "quantization nvfp4_moe_meta hf_text_config"),
+    *attributes(f"{SRT}.configs.linear_attn_model_registry.LinearAttnModelSpec", "backend_class_name"),
+    # The runner of the model that is being built, and whether that is a draft.
+    *attributes(f"{SRT}.runtime_context.MoeFlags", "runner_backend in_speculative_scope"),
     # The layer, which is a torch module wherever the plugin sees it.
-    *attributes(FUSED_MOE, "layer_name moe_runner_config num_experts num_local_experts quant_method weight_loader"),
+    *attributes(FUSED_MOE, "layer_id layer_name moe_runner_config num_experts num_local_experts quant_method weight_loader"),
     Use(f"{FUSED_MOE}._map_global_expert_id_to_local_expert_id", Call(1)),
     *attributes(
         RUNNER_CONFIG,
@@ -59,6 +67,8 @@ USES: list[Use] = [
     ),
     Use(f"{MODELOPT}.ModelOptNvFp4FusedMoEMethod", Call(1)),
     *attributes(f"{MODELOPT}.ModelOptFp4Config", "is_checkpoint_nvfp4_serialized"),
+    Use(f"{FP8}.is_fp4_expert"),
+    Use(f"{CT}.schemes.CompressedTensorsMoEScheme.create_moe_runner", Call(2)),
     Use(f"{CT}.schemes.CompressedTensorsW4A16Nvfp4MoE.has_input_global_scale"),
     # What a dispatch hands over, and what a runner gives back.
     *attributes(f"{MOE}.token_dispatcher.standard.StandardDispatchOutput", "hidden_states topk_output"),
@@ -70,8 +80,8 @@ USES: list[Use] = [
     *attributes(f"{SRT}.mem_cache.memory_pool.MambaPool", "mamba_cache"),
     *attributes(f"{SRT}.mem_cache.memory_pool.MambaPool.State", "temporal"),
     *attributes(f"{SRT}.mem_cache.memory_pool.MambaPool.SpeculativeState", "intermediate_ssm"),
-    *attributes(f"{SRT}.layers.radix_linear_attention.RadixLinearAttention", "dt_bias A_log"),
-    *attributes(f"{SRT}.model_executor.model_runner.ModelRunner", "dtype model model_config req_to_token_pool"),
+    *attributes(f"{SRT}.layers.radix_linear_attention.RadixLinearAttention", "dt_bias A_log head_k_dim head_v_dim num_k_heads num_v_heads"),
+    *attributes(f"{SRT}.model_executor.model_runner.ModelRunner", "dtype is_draft_worker model req_to_token_pool"),
 ]
 
 SIGNATURES: dict[str, str] = {
@@ -82,6 +92,8 @@ SIGNATURES: dict[str, str] = {
     f"{FUSED_MOE}.weight_loader": "param loaded_weight weight_name shard_id expert_id",
     f"{MODELOPT}.ModelOptNvFp4FusedMoEMethod.__init__": "quant_config",
     f"{CT}.compressed_tensors.CompressedTensorsConfig.get_moe_scheme": "layer layer_name",
+    f"{FP8}.create_moe_runner": "layer moe_runner_config",
+    f"{SRT}.ray.engine.RayEngine._launch_scheduler_processes": "server_args port_args run_scheduler_process_func placement_group",
 }
 
 VALUES: dict[str, object] = {
@@ -99,6 +111,9 @@ TEXTS: dict[str, tuple[str, ...]] = {
     # Free slots are 1 .. size, and the pool has size + 1: the last slot is a request's.
     f"{SRT}.mem_cache.allocator.mamba.MambaSlotAllocator.clear": ("torch.arange(1, self.size + 1,",),
     f"{SRT}.mem_cache.memory_pool.MambaPool.__init__": ("size=(num_mamba_layers, size + 1) + temporal_state_shape",),
+    # Slot 0 is nobody's, in this pool as in the one of requests, whose row 0 pads eager batches.
+    f"{SRT}.mem_cache.memory_pool.ReqToTokenPool.__init__": ("self.free_slots = list(range(1, self._alloc_size))",),
+    f"{SRT}.model_executor.forward_batch_info.ForwardBatch": ("self._pad_tensor_to_size(self.req_pool_indices, bs)",),
     # Padded rows of a graph have -1.
     f"{SRT}.layers.attention.hybrid_linear_attn_backend.MambaAttnBackendBase": ("mamba_indices[bs - num_padding:] = -1",),
     # A loader goes by these; the input scales of a ModelOpt checkpoint are those of every expert of the model.
@@ -126,6 +141,17 @@ TEXTS: dict[str, tuple[str, ...]] = {
     f"{SRT}.model_loader.loader.DefaultModelLoader.restore_weights_before_loading": (
         "quant_method.restore_weights_before_loading(module)",
     ),
+    # FP8 experts get no runner from a name that is not built in; beside SGLang's own NVFP4 runners they get Triton's. So do schemes.
+    f"{FP8}.create_moe_runner": ("moe_runner_backend.is_triton()", "moe_runner_backend = MoeRunnerBackend.TRITON"),
+    f"{CT}.compressed_tensors.CompressedTensorsFusedMoEMethod.create_moe_runner": ("layer.scheme.create_moe_runner(layer,",),
+    f"{MOE}.utils.draft_model_build_scope": ("moe.in_speculative_scope = True",),
+    # Ray's actors construct a scheduler and load no plugins; both ways to start one come through here.
+    f"{SRT}.entrypoints.engine.Engine._launch_subprocesses": ("cls._launch_scheduler_processes(server_args, port_args",),
+    # A clamp without alpha comes after silu.
+    f"{MOE}.moe_runner.triton_utils.fused_moe._swiglu_silu_clamp_mul": ("gate = gate.clamp(min=None, max=gemm1_limit)",),
+    # The name of a backend that is not built in: KDA layers refuse it, the registry names the backend of a model's class.
+    f"{LINEAR}.kda_backend.KDAKernelDispatcher.__init__": ("Unsupported KDA decode backend",),
+    f"{SRT}.configs.gigachat35": ("sglang.srt.layers.attention.linear.gdn_backend.GDNAttnBackend",),
     # An unknown backend is CUSTOM, and no verify backend follows that.
     f"{LINEAR}.utils.LinearAttnKernelBackend": ("return cls.CUSTOM",),
     f"{LINEAR}.gdn_backend.GDNKernelDispatcher.__init__": ("self.tree_verify_kernel = triton_kernel",),

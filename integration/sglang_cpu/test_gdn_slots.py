@@ -140,3 +140,84 @@ def test_verification_of_a_padded_graph(pool, backend):
     torch.testing.assert_close(out[:, : 3 * STEPS], expected(live, before, table[:3], STEPS, False, theirs), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cache.intermediate_ssm[:3], theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(cache.temporal, before) and (cache.intermediate_ssm[3:] == 7).all()
+
+
+def test_verification_of_a_padded_eager_batch(pool, backend):
+    """Under DP attention: its padded rows are row 0 of the requests, which has slot 0; the buffer may have no such rows."""
+    rows = torch.cat([requests(pool)[:3], torch.zeros(6, dtype=torch.int64)])
+    table = pool.get_mamba_indices(rows)
+    count, cache = rows.shape[0], pool.mamba2_layer_cache(1)
+    assert table[3:].tolist() == [0] * 6 and count > cache.intermediate_ssm.shape[0]
+    cache.intermediate_ssm.fill_(7.0)
+    before, x = cache.temporal.clone(), tokens(count * STEPS)
+    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
+    q, k, v = (part.view(1, count * STEPS, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
+    out = backend.kernel_dispatcher.target_verify(
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        q=q,
+        k=k,
+        v=v,
+        a=x["a"],
+        b=x["b"],
+        ssm_states=cache.temporal,
+        cache_indices=table,
+        query_start_loc=torch.arange(0, count * STEPS + 1, STEPS, dtype=torch.int32),
+        intermediate_states_buffer=cache.intermediate_ssm,
+        intermediate_state_indices=backend.verify_intermediate_state_indices[:count],
+        cache_steps=STEPS,
+        retrieve_parent_token=None,
+        stable_rows=False,
+    )
+    assert out[:, : 3 * STEPS].any() and not out[:, 3 * STEPS :].any()
+    assert torch.equal(cache.temporal, before) and (cache.intermediate_ssm[3:] == 7).all() and (cache.intermediate_ssm[:3] != 7).any()
+
+
+def runner(module, **changes):
+    """What ``prepare`` reads of SGLang's runner: no configuration of a model."""
+    states = SimpleNamespace(temporal=torch.empty(1, HV, D, D), intermediate_ssm=None)
+    found = dict(model=module, dtype=torch.bfloat16, is_draft_worker=False)
+    pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=states))
+    return SimpleNamespace(**found | changes, req_to_token_pool=pool)
+
+
+@pytest.fixture
+def hopper(published, monkeypatch):
+    """The kernels that would be compiled for a GPU that can run them."""
+    from moe_backend_plugin.engines.sglang import gdn
+    from moe_backend_plugin.gdn import cuda
+    from moe_backend_plugin.kernels import compile as kernels
+
+    compiled = []
+    monkeypatch.setattr(gdn, "choose_provider", lambda *_, **__: SimpleNamespace(provider="cutedsl"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "use_cache_folder", lambda _: None)
+    monkeypatch.setattr(cuda, "prepare", lambda layer, *_, **__: compiled.append(layer))
+    return compiled
+
+
+def linear_layer(heads: int = HQ, size: int = D):
+    from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
+
+    return RadixLinearAttention(0, heads, heads, HV, size, size, size, dt_bias=torch.zeros(HV))
+
+
+def test_kernels_are_compiled_for_the_layers_of_any_model(hopper):
+    """Of GigaChat too, for whose configuration SGLang's ``hybrid_gdn_config`` has no answer."""
+    from moe_backend_plugin.engines.sglang.gdn import prepare
+
+    prepare(runner(torch.nn.ModuleList([linear_layer(), linear_layer()])), False)
+    (layer,) = hopper
+    assert (layer.heads_per_group, layer.state, layer.bias) == (HV // HQ, torch.float32, torch.float32)
+
+
+def test_a_model_whose_layers_cannot_be_served_is_refused(hopper):
+    from moe_backend_plugin.engines.sglang.gdn import prepare
+    from moe_backend_plugin.errors import UnsupportedLayerError
+
+    with pytest.raises(UnsupportedLayerError, match="^--linear-attn-decode-backend cutedsl_plugin: found .*64"):
+        prepare(runner(linear_layer(size=64)), False)
+    with pytest.raises(UnsupportedLayerError, match="found Linear, whose layers do not call SGLang's gated-delta-net kernels"):
+        prepare(runner(torch.nn.Linear(1, 1)), False)
+    prepare(runner(torch.nn.Linear(1, 1), is_draft_worker=True), False)
+    assert not hopper

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from moe_backend_plugin.device import Device
-from moe_backend_plugin.errors import PluginError
+from moe_backend_plugin.errors import CheckpointError, PluginError
 
 from .conftest import MODELS
 
@@ -89,6 +93,31 @@ def test_the_file_that_vllm_reads_is_read(arguments, settings):
     assert plugin_config().moe.tactics == "heuristic"
 
 
+@pytest.mark.parametrize("depth", ["full", "headers"])
+def test_a_damaged_checkpoint_is_refused_before_anything_starts(arguments, settings, tmp_path, depth):
+    """As vLLM refuses it; the setting says how closely it is looked at."""
+    from safetensors.torch import load_file, save_file
+
+    settings(f"checkpoint_check: {depth}\n")
+    model = shutil.copytree(MOE_MODEL, tmp_path / "model")
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".experts.3.up_proj.weight_scale"))
+    tensors[name].view(torch.uint8)[1, 1] = 0x7F  # NaN
+    save_file(tensors, file)
+    if depth == "headers":
+        assert arguments(model, moe_runner_backend="cutedsl").moe_runner_backend == "cutedsl"
+    else:
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            arguments(model, moe_runner_backend="cutedsl")
+    del tensors[name]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"experts\.3: found no up_proj\.weight_scale"):
+        arguments(model, moe_runner_backend="cutedsl")
+    # Without this package's runner it is SGLang's own business.
+    assert arguments(model, moe_runner_backend="triton").moe_runner_backend == "triton"
+
+
 @pytest.mark.parametrize(("provider", "expected"), [("auto", None), ("cutedsl", "cutedsl_plugin")])
 def test_the_file_chooses_the_gdn_kernels(arguments, settings, provider, expected):
     settings(f"gdn: {{provider: {provider}}}\n")
@@ -111,6 +140,87 @@ def test_a_file_that_contradicts_the_flags_is_refused(arguments, settings, text,
     with pytest.raises(PluginError) as error:
         arguments(**GDN, linear_attn_decode_backend="cutedsl_plugin")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+# --- models with other linear attention, or none ----------------------------------------------------------------------------------------
+
+
+def kimi_linear():
+    from sglang.srt.configs.kimi_linear import KimiLinearConfig
+
+    kda = dict(kda_layers=[1], full_attn_layers=[2], num_heads=2, head_dim=16, short_conv_kernel_size=4)
+    return KimiLinearConfig(linear_attn_config=kda)
+
+
+def jet_nemotron():
+    from sglang.srt.configs.jet_nemotron import JetNemotronConfig
+
+    return JetNemotronConfig(layer_types=["jet", "attn"])
+
+
+def jet_vlm():
+    from sglang.srt.configs.jet_vlm import JetVLMConfig
+
+    return JetVLMConfig(text_config={"layer_types": ["jet", "attn"]})
+
+
+def gigachat():
+    from sglang.srt.configs.gigachat35 import GigaChat35Config
+
+    return GigaChat35Config()
+
+
+def nemotron_h():
+    from sglang.srt.configs.nemotron_h import NemotronHConfig
+
+    return NemotronHConfig()
+
+
+def model_config(config):
+    """What SGLang's functions look at."""
+    from sglang.srt.configs.linear_attn_model_registry import get_linear_attn_config
+
+    return SimpleNamespace(hf_config=config, is_draft_model=False, linear_attn_registry_result=get_linear_attn_config(config))
+
+
+@pytest.mark.parametrize(
+    ("make", "is_gdn", "words"),
+    [
+        (gigachat, True, None),
+        (nemotron_h, False, None),
+        (kimi_linear, False, "KDA layers"),
+        (jet_nemotron, False, "Jet-Nemotron"),
+        (jet_vlm, False, "Jet-Nemotron"),
+    ],
+)
+@pytest.mark.parametrize("by_file", [True, False])
+def test_only_models_with_gdn_layers_get_its_kernels(sglang, settings, monkeypatch, make, is_gdn, words, by_file):
+    from sglang.srt.arg_groups import model_override_base
+
+    from moe_backend_plugin.engines.sglang.arguments import choose_gdn
+
+    settings(f"gdn: {{provider: {'cutedsl' if by_file else 'auto'}}}\n")
+    args = sglang.ServerArgs(model_path="m", linear_attn_decode_backend=None if by_file else "cutedsl_plugin")
+    config = model_config(make())
+    monkeypatch.setattr(model_override_base, "model_config_of", lambda _: config)
+    called = []
+    if words and not by_file:
+        with pytest.raises(PluginError) as error:
+            choose_gdn(args, called.append)
+        assert str(error.value).startswith("--linear-attn-decode-backend cutedsl_plugin: found ") and words in str(error.value)
+        assert not called
+        return
+    choose_gdn(args, called.append)
+    chosen = model_override_base.resolved_view(args).linear_attn_decode_backend
+    assert called == [args] and chosen == ("cutedsl_plugin" if is_gdn or not by_file else None)
+
+
+def test_a_model_without_linear_attention_ignores_flag_and_file(arguments, settings):
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    assert arguments(MOE_MODEL, linear_attn_decode_backend="cutedsl_plugin")
+    settings("gdn: {provider: cutedsl}\n")
+    assert resolved_view(arguments(MOE_MODEL)).linear_attn_decode_backend is None
 
 
 def test_what_the_file_says_of_dense_layers_is_not_ignored_in_silence(arguments, settings, caplog):
@@ -136,6 +246,54 @@ def test_a_model_of_another_kind(arguments, tmp_path, quantization, words):
     with pytest.raises(PluginError) as error:
         arguments(config_with(tmp_path, quantization), moe_runner_backend="cutedsl")
     assert str(error.value).startswith(FLAG + words) and "\n" not in str(error.value)
+
+
+def test_the_generic_name_of_modelopt_is_accepted(arguments):
+    assert arguments(MOE_MODEL, moe_runner_backend="cutedsl", quantization="modelopt").moe_runner_backend == "cutedsl"
+
+
+def test_fp8_models_with_nvfp4_experts_are_accepted(arguments, tmp_path):
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    nvfp4 = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16, "ignore": []}
+    assert arguments(config_with(tmp_path, fp8 | nvfp4), moe_runner_backend="cutedsl").moe_runner_backend == "cutedsl"
+
+
+def test_streams_side_by_side_are_refused(arguments):
+    with pytest.raises(PluginError) as error:
+        arguments(MOE_MODEL, moe_runner_backend="cutedsl", enable_pdmux=True, chunked_prefill_size=-1, disable_overlap_schedule=True)
+    assert str(error.value).startswith(f"{FLAG}--enable-pdmux; allowed: ")
+
+
+RAY = "found Ray's scheduler actors (--use-ray), which load no plugins; allowed: SGLang's own processes, or another backend"
+
+
+def test_ray_is_refused(arguments):
+    with pytest.raises(PluginError) as error:
+        arguments(MOE_MODEL, moe_runner_backend="cutedsl", use_ray=True)
+    assert str(error.value) == f"--moe-runner-backend cutedsl: {RAY}"
+    with pytest.raises(PluginError) as error:
+        arguments(**GDN | {"moe_runner_backend": "auto"}, linear_attn_decode_backend="cutedsl_plugin", use_ray=True)
+    assert str(error.value) == f"--linear-attn-decode-backend cutedsl_plugin: {RAY}"
+
+
+def test_ray_is_refused_without_its_flag(arguments, monkeypatch):
+    """``RayEngine`` by its own name, which needs no flag. Ray is not installed: its decorator and two names are enough to import it."""
+    ray = {name: ModuleType(name) for name in ("ray", "ray.util", "ray.util.placement_group", "ray.util.scheduling_strategies")}
+    ray["ray"].remote = lambda decorated: decorated
+    ray["ray.util.placement_group"].PlacementGroup = ray["ray.util.scheduling_strategies"].PlacementGroupSchedulingStrategy = object
+    for name, module in ray.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    from sglang.srt.ray.engine import RayEngine
+
+    launch = RayEngine._launch_scheduler_processes
+    with pytest.raises(PluginError) as error:
+        launch(arguments(MOE_MODEL, moe_runner_backend="cutedsl"), None, None)
+    assert str(error.value) == f"--moe-runner-backend cutedsl: {RAY}"
+    with pytest.raises(PluginError) as error:
+        launch(arguments(**GDN | {"moe_runner_backend": "auto"}, linear_attn_decode_backend="cutedsl_plugin"), None, None)
+    assert str(error.value) == f"--linear-attn-decode-backend cutedsl_plugin: {RAY}"
+    with pytest.raises(AttributeError):  # of the module that stands in for Ray
+        launch(arguments(MOE_MODEL), None, None)
 
 
 @pytest.mark.parametrize(("name", "capability"), [("NVIDIA A100", (8, 0)), ("NVIDIA B200", (10, 0)), ("NVIDIA RTX PRO 6000", (12, 0))])

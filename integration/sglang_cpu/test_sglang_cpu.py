@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,12 +87,12 @@ def projection(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.
     return codes, scales, torch.rand((), generator=g) * 0.02 + 0.02
 
 
-def new_layer(quant_config, **options):
+def new_layer(quant_config, hidden: int = HIDDEN, width: int = WIDTH, top_k: int | None = TOP_K, **options):
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.layers.moe.utils import initialize_moe_config
 
     initialize_moe_config()
-    sizes = dict(num_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=WIDTH, layer_id=0, top_k=TOP_K)
+    sizes = dict(num_experts=EXPERTS, hidden_size=hidden, intermediate_size=width, layer_id=options.pop("layer_id", 0), top_k=top_k)
     return FusedMoE(**sizes, params_dtype=torch.float32, quant_config=quant_config, prefix="model.layers.0.mlp.experts", **options)
 
 
@@ -171,6 +172,110 @@ def test_a_layer_of_sglang(published, producer, monkeypatch):
         layer.quant_method.restore_weights_before_loading(layer)
 
 
+def test_real_weights_of_a_server_that_began_with_dummy_ones(published):
+    """An update, as SGLang makes it: the format of what it loads is "dummy" until after it, and for tensors for good."""
+    from sglang.srt import runtime_context
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    from moe_backend_plugin.nvfp4.scheme import MODELOPT_NAMES
+
+    layer = new_layer(modelopt())
+    x, topk_weights = torch.randn(5, HIDDEN), torch.rand(5, TOP_K)
+    topk_ids = torch.randint(0, EXPERTS, (5, TOP_K), dtype=torch.int32)
+    with runtime_context.get_model().override(load_format="dummy"):
+        layer.quant_method.process_weights_after_loading(layer)
+        DefaultModelLoader.restore_weights_before_loading(layer, torch.device("cpu"))
+        tensors = load(layer, MODELOPT_NAMES)
+        DefaultModelLoader.postprocess_weights(layer, torch.device("cpu"))
+    out = layer.forward_impl(x, StandardTopKOutput(topk_weights, topk_ids, torch.empty(5, EXPERTS)))
+    torch.testing.assert_close(out, reference(tensors, x, topk_weights, topk_ids), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"num_experts_per_tok": 3}, 3), ({"moe_topk": 5, "num_experts_per_tok": 3}, 5), ({"moe_topk": [1, 6]}, 6)],
+    ids=["Llama-4, OLMoE", "Hunyuan", "Hunyuan, by layer"],
+)
+def test_layers_that_are_not_told_how_many_experts_a_token_has(published, monkeypatch, fields, expected):
+    from types import SimpleNamespace
+
+    from sglang.srt.layers.moe.utils import draft_model_build_scope
+    from sglang.srt.runtime_context import process_model_config
+
+    from moe_backend_plugin.engines.sglang import moe
+
+    def problem(**options):
+        return new_layer(modelopt(), top_k=None, **options).quant_method._weights.problem
+
+    assert problem().top_k == process_model_config().hf_text_config.num_experts_per_tok == 4
+    monkeypatch.setattr(moe, "process_model_config", lambda: SimpleNamespace(hf_text_config=SimpleNamespace(**fields)))
+    assert problem(layer_id=1).top_k == expected
+    with draft_model_build_scope(), pytest.raises(PluginError, match="top_k: found 0"):  # that configuration is the target's
+        problem()
+
+
+def test_a_rank_of_expert_parallel_knows_how_many_experts_the_model_has(published):
+    """As in vLLM and in the files of the tuner: which kernels are fastest depends on it."""
+    from sglang.srt import runtime_context
+
+    with runtime_context.get_parallel().override(tp_size=2, attn_tp_size=2, moe_ep_size=2, moe_ep_rank=1):
+        problem = new_layer(modelopt()).quant_method._weights.problem
+    assert (problem.num_experts, problem.num_local_experts) == (EXPERTS, EXPERTS // 2)
+
+
+def fp8():
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    return Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128])
+
+
+def compressed_tensors_fp8():
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights, inputs = common | {"strategy": "channel", "dynamic": False}, common | {"strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return CompressedTensorsConfig.from_config(
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, "ignore": []}
+    )
+
+
+@pytest.mark.parametrize("producer", [fp8, compressed_tensors_fp8])
+def test_fp8_experts_of_a_draft_model_run_on_triton(published, producer, monkeypatch):
+    """A draft model inherits the runner's name, for which SGLang would build them no runner."""
+    from sglang.srt.layers.moe.utils import draft_model_build_scope, get_moe_runner_backend, speculative_moe_backend_context
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: True)
+    new_layer(modelopt())
+    with speculative_moe_backend_context(), draft_model_build_scope():
+        layer = new_layer(producer(), hidden=256, width=128)
+        assert get_moe_runner_backend().value == "cutedsl"
+    made = layer.scheme if producer is compressed_tensors_fp8 else layer.quant_method
+    assert made.runner.runner_backend.is_triton()
+
+
+def test_mxfp4_experts_of_a_draft_model_are_refused(published):
+    config = fp8()
+    config.is_fp4_experts = True
+    with pytest.raises(PluginError, match="^model.layers.0.mlp.experts: found MXFP4 experts; .*--speculative-moe-runner-backend$"):
+        new_layer(config, hidden=256, width=128)
+
+
+def test_other_experts_of_the_model_itself_are_refused(published, monkeypatch):
+    from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *_, **__: True)
+    with pytest.raises(PluginError, match="CompressedTensorsW8A8Fp8MoE; allowed: NVFP4 experts"):
+        new_layer(compressed_tensors_fp8())
+
+
+def test_a_clamp_behind_silu_is_refused(published):
+    with pytest.raises(PluginError, match="^model.layers.0.mlp.experts: found .*gemm1_clamp_limit 7.0 without gemm1_alpha"):
+        new_layer(modelopt(), gemm1_clamp_limit=7.0)
+
+
 def test_experts_of_another_kind_are_refused_by_the_runner(published):
     from sglang.srt.layers.moe import MoeRunnerConfig
     from sglang.srt.layers.moe.moe_runner import MoeRunner
@@ -212,7 +317,7 @@ def case():
 
 def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, update_state: bool, intermediate=None) -> torch.Tensor:
     from moe_backend_plugin.gdn import reference as gdn
-    from moe_backend_plugin.gdn.slots import PoolLayout, from_sglang
+    from moe_backend_plugin.gdn.slots import NullRule, PoolLayout, from_sglang
 
     rows = cache.shape[0]
     q, k, v = (
@@ -221,14 +326,14 @@ def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, upda
     )
     a, b = (x[name].view(rows, tokens, HV) for name in "ab")
     starts = torch.arange(0, rows * tokens + 1, tokens)
-    table = from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts)
+    table = replace(from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts), null_rule=NullRule.BLOCK_ZERO)
     arguments = (q, k, v, a, b, x["A_log"], x["dt_bias"], pool, table)
     return gdn.gdn_decode(*arguments, intermediate=intermediate, update_state=update_state).reshape(1, rows * tokens, HV, D)
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_decode_through_the_dispatcher(published, case, is_packed):
-    """Slots of SGLang's pool: -1 pads, slot 0 and the last slot are slots."""
+    """Slots of SGLang's pool: -1 pads a graph's rows and 0 an eager batch's; the last slot is a slot."""
     make, pool = case
     dispatcher, x, cache = new_dispatcher(), make(4), torch.tensor([8, -1, 3, 0], dtype=torch.int32)
     assert dispatcher.supports_packed_decode
@@ -243,7 +348,7 @@ def test_decode_through_the_dispatcher(published, case, is_packed):
         out = dispatcher.decode(q, k, v, x["a"], x["b"], **common, query_start_loc=torch.arange(5, dtype=torch.int32))
     torch.testing.assert_close(out, expected(x, theirs, cache, 1, True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert not out[0, 1].any() and torch.equal(ours[[1, 2, 4, 5, 6, 7]], pool[[1, 2, 4, 5, 6, 7]])
+    assert not out[0, [1, 3]].any() and torch.equal(ours[[0, 1, 2, 4, 5, 6, 7]], pool[[0, 1, 2, 4, 5, 6, 7]])
 
 
 def test_verification_leaves_the_pool_and_fills_rows(published, case):

@@ -64,6 +64,8 @@ def test_nvfp4_checkpoints_are_taken(quantization):
         ({"redundant": 4}, "redundant"),
         ({"lora": True}, "--enable-lora"),
         ({"tbo": True}, "two-batch"),
+        ({"pdmux": True}, "--enable-pdmux"),
+        ({"ray": True}, "--use-ray"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(given, words):
@@ -71,6 +73,22 @@ def test_what_cannot_work_is_refused_in_one_line(given, words):
         arguments.refuse(**{"quantization": "modelopt_fp4", "a2a": "none", **given})
     text = str(error.value)
     assert text.startswith(f"--moe-runner-backend {MOE_BACKEND}: found ") and words in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "resolved", "hybrid", "quantization"),
+    [
+        (None, "modelopt_fp4", False, "modelopt_fp4"),
+        (None, None, False, None),
+        ("modelopt", "modelopt_mixed", False, "modelopt_mixed"),
+        ("modelopt_fp4", "modelopt", False, "modelopt_fp4"),  # a model's own resolution knows more than its configuration
+        ("fp8", "fp8", True, "modelopt_fp4"),
+        (None, "fp8", False, "fp8"),
+    ],
+)
+def test_what_describes_the_experts(asked, resolved, hybrid, quantization):
+    config = SimpleNamespace(quantization=resolved, nvfp4_moe_meta={"group_size": 16} if hybrid else None)
+    assert arguments.quantization_of(asked, config) == quantization
 
 
 @pytest.mark.parametrize(
@@ -126,7 +144,9 @@ def test_activations(given, activation):
     assert activation_of(SimpleNamespace(**{**PLAIN, **given})) == activation
 
 
-@pytest.mark.parametrize("given", [{"activation": "gelu"}, {"activation": "situ"}, {"is_gated": False}, {"activation": "relu2"}])
+@pytest.mark.parametrize(
+    "given", [{"activation": "gelu"}, {"activation": "situ"}, {"is_gated": False}, {"activation": "relu2"}, {"gemm1_clamp_limit": 7.0}]
+)
 def test_activations_that_are_not_served(given):
     with pytest.raises(PluginError):
         activation_of(SimpleNamespace(**{**PLAIN, **given}))
@@ -345,3 +365,34 @@ def test_dummy_weights_are_made_valid(names):
         _, scales = hopper.unpack(getattr(layer, f"{gemm}_weight").data, rows, columns, gemm == "w13")
         assert torch.isfinite(scales.float()).all() and (scales.float() >= 0).all()
         assert torch.isfinite(getattr(layer, f"{gemm}_scale_2")).all()
+
+
+@pytest.mark.parametrize("provider", ["cutedsl", "torch"])
+@pytest.mark.parametrize("names", [MODELOPT_NAMES, COMPRESSED_TENSORS_NAMES], ids=["modelopt", "compressed-tensors"])
+def test_real_weights_after_dummy_ones_are_taken_as_they_are(names, provider):
+    """A server that was started with random weights still says "dummy" when the first update ends."""
+    layer, weights = Layer(), ExpertWeights(names, provider, problem())
+    weights.create(layer, layer.weight_loader, None)
+    weights.finish(layer, dummy=True)
+    weights.restore(layer)
+    tensors = checkpoint(names)
+    load(layer, tensors, names)
+    weights.finish(layer, dummy=True)
+    check(layer, tensors, names, provider)
+
+
+def test_an_update_of_some_dummy_weights_leaves_the_others_valid():
+    names = MODELOPT_NAMES
+    layer, weights = Layer(), ExpertWeights(names, "cutedsl", problem())
+    weights.create(layer, layer.weight_loader, None)
+    weights.finish(layer, dummy=True)
+    before = [getattr(layer, f"{gemm}_weight").data.clone() for gemm in ("w13", "w2")]
+    tensors = checkpoint(names)
+    for some in ({}, {key: tensor for key, tensor in tensors.items() if key[0] == 1}):
+        weights.restore(layer)
+        load(layer, some, names)
+        weights.finish(layer, dummy=True)
+        for gemm, old in zip(("w13", "w2"), before, strict=True):
+            now = getattr(layer, f"{gemm}_weight").data
+            assert torch.equal(now[[0, 2]], old[[0, 2]]) and torch.equal(now[1], old[1]) is not bool(some)
+    assert layer.w2_scale_2[1] == tensors[1, "w2", names.global_scale]

@@ -9,13 +9,15 @@ import difflib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from ...errors import ConfigError, UnsupportedLayerError
 from . import GDN_BACKEND, MOE_BACKEND
 
 logger = logging.getLogger("sglang.moe_backend_plugin")
 FLAG = f"--moe-runner-backend {MOE_BACKEND}"
+GDN_FLAG = f"--linear-attn-decode-backend {GDN_BACKEND}"
 ALIAS, FIELD = "moe_backend", "moe_runner_backend"
 QUANTIZATIONS = ("modelopt_fp4", "modelopt_mixed", "compressed-tensors")
 """SGLang's names of what describes NVFP4 experts; the layers themselves are checked when they are built."""
@@ -52,7 +54,17 @@ def known(backend: str, choices: Iterable[str]) -> None:
         raise ConfigError("--moe-runner-backend", repr(backend), ", ".join(choices) + (f" (did you mean {close[0]}?)" if close else ""))
 
 
-def refuse(quantization: str | None, a2a: str, *, eplb: bool = False, redundant: int = 0, lora: bool = False, tbo: bool = False) -> None:
+def refuse(
+    quantization: str | None,
+    a2a: str,
+    *,
+    eplb: bool = False,
+    redundant: int = 0,
+    lora: bool = False,
+    tbo: bool = False,
+    pdmux: bool = False,
+    ray: bool = False,
+) -> None:
     """Raises ConfigError on what the experts of this package cannot be combined with; in SGLang's own words, before anything is loaded."""
     if quantization is None:
         raise ConfigError(FLAG, "a checkpoint without quantisation (bf16 or fp16 weights)", _MAKE)
@@ -67,6 +79,21 @@ def refuse(quantization: str | None, a2a: str, *, eplb: bool = False, redundant:
         raise ConfigError(FLAG, "--enable-lora", "a model without adapters, or another runner")
     if tbo:
         raise ConfigError(FLAG, "--enable-two-batch-overlap", "no two-batch overlap: calls of a device share one workspace")
+    if pdmux:
+        raise ConfigError(FLAG, "--enable-pdmux", "no PD multiplexing: its two streams would share one workspace")
+    if ray:
+        raise ray_error(FLAG)
+
+
+def ray_error(flag: str) -> ConfigError:
+    return ConfigError(flag, "Ray's scheduler actors (--use-ray), which load no plugins", "SGLang's own processes, or another backend")
+
+
+def quantization_of(asked: str | None, model_config: Any) -> str | None:
+    """SGLang's name of what describes the experts; ``asked``: the resolved flag, which may be the generic ``modelopt`` or None."""
+    if model_config.nvfp4_moe_meta is not None:
+        return "modelopt_fp4"  # FP8 with NVFP4 experts (DeepSeek-V4-Pro-NVFP4), for which SGLang takes that class
+    return model_config.quantization if asked in (None, "modelopt") else asked
 
 
 def gdn_by_file(provider: str, decode: str | None, base: str) -> str | None:
@@ -106,41 +133,78 @@ def check_moe(server_args: Any, previous: Callable[[Any], None]) -> None:
     if _claimed_by:
         raise ConfigError(FLAG, _claimed_by, "one owner of the name; SGLANG_PLUGINS says which plugins are loaded")
     refuse(
-        view.quantization or model_config_of(server_args).quantization,
+        quantization_of(view.quantization, model_config_of(server_args)),
         view.moe_a2a_backend,
         eplb=view.enable_eplb,
         redundant=view.ep_num_redundant_experts,
         lora=bool(view.enable_lora or view.lora_paths),
         tbo=view.enable_two_batch_overlap,
+        pdmux=view.enable_pdmux,
+        ray=view.use_ray,
     )
     from .settings import moe_provider, plugin_config
 
     moe_provider(FLAG)
     config = plugin_config()
+    check_files(view, model_config_of(server_args), config.checkpoint_check)
     if said := dense_by_file(config.linear.provider, config.linear.activations, config.strict):
         logger.warning(said)
 
 
+def check_files(view: Any, model_config: Any, depth: Literal["full", "headers"]) -> None:
+    """Refuse a bad checkpoint that lies here; one that is still to be downloaded is checked while it loads. Raises CheckpointError."""
+    from ...nvfp4.checkpoint import check_checkpoint
+
+    folder = Path(view.model_path)
+    here = view.load_format in ("auto", "safetensors") and folder.is_dir() and any(folder.glob("*.safetensors"))
+    if here and model_config.nvfp4_moe_meta is None:  # that one is described as FP8, with experts apart
+        check_checkpoint(folder, depth=depth)
+
+
 def choose_gdn(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Around ``handle_linear_attn_backend``: ``gdn.provider: cutedsl`` chooses this package where no flag says otherwise."""
-    from sglang.srt.arg_groups.model_override_base import resolved_view
+    """Around ``handle_linear_attn_backend``: ``gdn.provider: cutedsl`` chooses this package where no flag says otherwise.
+
+    Only for a model with gated-delta-net layers. Of other models some ignore the flag, and those whose layers cannot are refused.
+    """
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     from ...config import load_config
 
     view = resolved_view(server_args)
     config = load_config()
-    if chosen := gdn_by_file(config.gdn.provider, view.linear_attn_decode_backend, view.linear_attn_backend):
-        declare_resolution(server_args, "moe_backend_plugin", linear_attn_decode_backend=chosen)
-    elif GDN_BACKEND in (view.linear_attn_decode_backend, view.linear_attn_backend) and config.gdn.provider in ("engine", "torch"):
-        found = f"gdn.provider {config.gdn.provider!r} in this package's settings"
-        raise ConfigError(f"--linear-attn-decode-backend {GDN_BACKEND}", found, "auto or cutedsl")
-    view = resolved_view(server_args)
-    if GDN_BACKEND in (view.linear_attn_decode_backend, view.linear_attn_backend) and view.enable_linear_replayssm:
-        raise UnsupportedLayerError(
-            f"--linear-attn-decode-backend {GDN_BACKEND}", "--enable-linear-replayssm, which keeps states in rings", "one of the two"
-        )
+    by_flag = GDN_BACKEND in (view.linear_attn_decode_backend, view.linear_attn_backend)
+    chosen = gdn_by_file(config.gdn.provider, view.linear_attn_decode_backend, view.linear_attn_backend)
+    if by_flag and config.gdn.provider in ("engine", "torch"):
+        raise ConfigError(GDN_FLAG, f"gdn.provider {config.gdn.provider!r} in this package's settings", "auto or cutedsl")
+    is_gdn, others = linear_attention(model_config_of(server_args)) if by_flag or chosen else (False, None)
+    if by_flag and others:
+        raise UnsupportedLayerError(GDN_FLAG, others, "a model with gated-delta-net layers, or another backend")
+    if is_gdn:
+        if view.use_ray:
+            raise ray_error(GDN_FLAG)
+        if view.enable_linear_replayssm:
+            raise UnsupportedLayerError(GDN_FLAG, "--enable-linear-replayssm, which keeps states in rings", "one of the two")
+        if chosen:
+            declare_resolution(server_args, "moe_backend_plugin", linear_attn_decode_backend=chosen)
     previous(server_args)
+
+
+def linear_attention(model_config: Any) -> tuple[bool, str | None]:
+    """Whether the model's layers call SGLang's GDN backend; else what they are if that model must not be given this package's name.
+
+    (False, None): the model's layers read no name of a backend.
+    """
+    from sglang.srt.configs.hybrid_arch import JetNemotronConfig, JetVLMConfig, hybrid_gdn_config, hybrid_kda_config, linear_attn_model_spec
+
+    spec = linear_attn_model_spec(model_config)
+    backend = spec.backend_class_name.rpartition(".")[2] if spec else ""
+    config = hybrid_gdn_config(model_config)
+    if isinstance(config, JetNemotronConfig | JetVLMConfig):
+        return False, "Jet-Nemotron's layers, which call a kernel of their own"
+    if hybrid_kda_config(model_config) is not None or backend == "KDAAttnBackend":
+        return False, "KDA layers (Kimi Delta Attention)"
+    return config is not None or backend == "GDNAttnBackend", None
 
 
 # --- changes of SGLang, see hooks.py ----------------------------------------------------------------------------------------------------
@@ -185,3 +249,22 @@ def accept_alias(module: Any) -> None:
         return original(**with_alias(kwargs))
 
     module.Engine.server_args_class = staticmethod(server_args_class)
+
+
+def refuse_in_ray(module: Any) -> None:
+    """No scheduler in an actor of Ray where a backend is this package's."""
+    from .hooks import wrap
+
+    wrap(module, "RayEngine._launch_scheduler_processes", _launch_in_ray)
+
+
+def _launch_in_ray(wrapped: Callable, _instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Around ``RayEngine._launch_scheduler_processes(server_args, ...)``."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    view = resolved_view(args[0] if args else kwargs["server_args"])
+    if view.moe_runner_backend == MOE_BACKEND:
+        raise ray_error(FLAG)
+    if GDN_BACKEND in (view.linear_attn_decode_backend, view.linear_attn_backend):
+        raise ray_error(GDN_FLAG)
+    return wrapped(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ...nvfp4.scheme import COMPRESSED_TENSORS_NAMES
 from .arguments import FLAG
 from .experts import PluginExperts
 from .hooks import wrap
-from .moe import selected
+from .moe import of_a_draft, selected, with_triton
 
 
 class PluginCompressedTensorsNvfp4MoE(PluginExperts, CompressedTensorsMoEScheme):
@@ -59,4 +60,7 @@ def _get_moe_scheme(wrapped: Callable, _instance: Any, args: tuple, kwargs: dict
         return PluginCompressedTensorsNvfp4MoE(True)
     if isinstance(scheme, CompressedTensorsW4A16Nvfp4MoE):
         return PluginCompressedTensorsNvfp4MoE(scheme.has_input_global_scale)
+    if of_a_draft():  # its experts may be of any kind; they stay SGLang's
+        scheme.create_moe_runner = partial(with_triton, scheme.create_moe_runner)
+        return scheme
     raise UnsupportedLayerError(FLAG, f"experts for which SGLang has {type(scheme).__name__}", "NVFP4 experts (nvfp4-pack-quantized)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from sglang.srt.layers.attention.linear.kernels.gdn_triton import TritonGDNKerne
 from sglang.srt.layers.attention.linear.kernels.kernel_backend import LinearAttnKernelBase
 from sglang.srt.layers.attention.linear.utils import LinearAttnKernelBackend
 from sglang.srt.layers.radix_linear_attention import RadixLinearAttention
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_parallel
 
 from ...device import choose_provider
 from ...errors import UnsupportedLayerError
 from ...gdn.op import gdn_decode
-from ...gdn.slots import PoolLayout, from_sglang
+from ...gdn.slots import NullRule, PoolLayout, from_sglang
 from . import GDN_BACKEND, slots
+from .arguments import GDN_FLAG as FLAG
 from .hooks import wrap
 from .settings import device, plugin_config
 
 logger = logging.getLogger("sglang.moe_backend_plugin")
-FLAG = f"--linear-attn-decode-backend {GDN_BACKEND}"
 
 
 class PluginGDNKernel(LinearAttnKernelBase):
@@ -167,7 +168,7 @@ def _decode(
     """One launch, no allocation; with ``starts`` the pool is only read and the states go to ``intermediate``."""
     a, b = (part.view(qkv.shape[0], -1) for part in (a, b))
     if pool.device.type == "cpu":
-        table = from_sglang(read, PoolLayout.of(pool), query_start_loc=starts)
+        table = replace(from_sglang(read, PoolLayout.of(pool), query_start_loc=starts), null_rule=NullRule.BLOCK_ZERO)
         gdn_decode(qkv, a, b, A_log, dt_bias, pool, table, intermediate=intermediate, update_state=starts is None, out=out)
         return
     from ...gdn import cuda
@@ -233,37 +234,37 @@ def _backend_init(wrapped: Callable, instance: Any, args: tuple, kwargs: dict[st
 def prepare(model_runner: Any, verify: bool) -> None:
     """Compile or load every kernel of this model, before the first request.
 
+    Heads and sizes are the layers' own, those of this rank: configurations of models do not agree on names for them.
+
     Raises:
-        UnsupportedLayerError: the device or the model's layers are not served.
+        UnsupportedLayerError: the device or the model's layers are not served, or no layer would ever ask.
     """
     choice = choose_provider("gdn", device(), plugin_config(), where=FLAG)
     if choice.provider == "engine":
         raise UnsupportedLayerError(FLAG, f"{device().name} ({device().arch})", "a GPU of compute capability 9.0, or another backend")
     if choice.provider == "torch":
         return
-    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+    layers = [module for module in model_runner.model.modules() if isinstance(module, RadixLinearAttention)]
+    if not layers:
+        # A draft model gets this backend with its target's configuration; a stage of a pipeline may have other layers only.
+        if model_runner.is_draft_worker or get_parallel().pp_size > 1:
+            return
+        found = f"{type(model_runner.model).__name__}, whose layers do not call SGLang's gated-delta-net kernels"
+        raise UnsupportedLayerError(FLAG, found, "another linear attention backend")
 
     from ...gdn import cuda
     from ...kernels import compile as kernels
 
-    config = hybrid_gdn_config(model_runner.model_config)
     cache = model_runner.req_to_token_pool.mamba_pool.mamba_cache
     state, tokens = cache.temporal.dtype, model_runner.dtype
-    heads = (config.linear_num_key_heads, config.linear_num_value_heads)
-    reason = cuda.unsupported_reason(
-        head_k=config.linear_key_head_dim,
-        head_v=config.linear_value_head_dim,
-        key_heads=heads[0],
-        value_heads=heads[1],
-        state=state,
-        tokens=tokens,
-    )
-    if reason is not None:
-        raise UnsupportedLayerError(FLAG, reason, "another linear attention backend")
+    for layer in layers:
+        sizes = dict(head_k=layer.head_k_dim, head_v=layer.head_v_dim, key_heads=layer.num_k_heads, value_heads=layer.num_v_heads)
+        if (reason := cuda.unsupported_reason(**sizes, state=state, tokens=tokens)) is not None:
+            raise UnsupportedLayerError(FLAG, reason, "another linear attention backend")
     kernels.use_cache_folder(plugin_config().kernel_cache)
     where = torch.device("cuda", torch.cuda.current_device())
     drafts = verify and getattr(cache, "intermediate_ssm", None) is not None
-    for bias in {m.dt_bias.dtype for m in model_runner.model.modules() if isinstance(m, RadixLinearAttention) and m.dt_bias is not None}:
-        layer = cuda.Layer(state=state, tokens=tokens, bias=bias, heads_per_group=heads[1] // heads[0])
-        if compiled := cuda.prepare(layer, where, speculative=False, verify=drafts):
+    for bias, ratio in {(m.dt_bias.dtype, m.num_v_heads // m.num_k_heads) for m in layers if m.dt_bias is not None}:
+        kernel = cuda.Layer(state=state, tokens=tokens, bias=bias, heads_per_group=ratio)
+        if compiled := cuda.prepare(kernel, where, speculative=False, verify=drafts):
             logger.info("Compiled %d gated-delta-net kernels; they are kept in %s", compiled, kernels.cache_folder())

@@ -67,6 +67,19 @@ HOOKS = (
         "NVFP4 schemes of compressed-tensors ignore --moe-runner-backend and construct a marlin or FlashInfer runner",
     ),
     Hook(
+        "sglang.srt.layers.quantization.fp8",
+        "Fp8MoEMethod.create_moe_runner",
+        "fp8:take",
+        "for a runner that is not built in it makes none and fails in the first forward; FP8 experts of a draft model, which inherits the "
+        "runner's name, and of a mixed checkpoint run on Triton, as beside SGLang's own NVFP4 runners",
+    ),
+    Hook(
+        "sglang.srt.ray.engine",
+        "RayEngine._launch_scheduler_processes",
+        "arguments:refuse_in_ray",
+        "scheduler actors never load plugins, and RayEngine may be constructed without use_ray, which is looked at with the arguments",
+    ),
+    Hook(
         "sglang.srt.layers.attention.linear.gdn_backend",
         "GDNKernelDispatcher.__init__",
         "gdn:take_dispatcher",

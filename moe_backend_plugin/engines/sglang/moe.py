@@ -8,13 +8,15 @@ that in its top-k where a method says ``fuse_routed_scaling_factor_in_topk``, as
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from sglang.srt.layers.moe.moe_runner.base import DispatchMoeRunnerCore, MoeQuantInfo, MoeRunnerConfig
-from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend, resolve_moe_runner_backend
+from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_a2a_backend, get_moe_runner_backend, resolve_moe_runner_backend
+from sglang.srt.runtime_context import get_flags, process_model_config
 
 from ...errors import PluginError, UnsupportedLayerError
 from ...moe import cuda
@@ -41,6 +43,25 @@ def register_core(module: Any) -> None:
 def selected() -> bool:
     """Whether the runner of the model that is being built (a draft model may have another) is this package's."""
     return get_moe_runner_backend().value == MOE_BACKEND
+
+
+def of_a_draft() -> bool:
+    """Whether the model that is being built is a draft model."""
+    return get_flags().moe.in_speculative_scope
+
+
+def with_triton(create: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call SGLang's ``create_moe_runner`` as if the flag said triton.
+
+    For FP8 experts SGLang makes no runner where the name is none that it knows; beside its own NVFP4 runners it takes Triton's.
+    """
+    flags = get_flags().moe
+    chosen = flags.runner_backend
+    flags.runner_backend = MoeRunnerBackend.TRITON
+    try:
+        return create(*args, **kwargs)
+    finally:
+        flags.runner_backend = chosen
 
 
 @dataclass
@@ -107,7 +128,7 @@ def new_weights(
         found = "experts with a bias" if biased else "no_combine" if config.no_combine else "gate and up rows that alternate"
         raise UnsupportedLayerError(where, found, allowed)
     try:
-        problem = problem_of(config, experts, hidden, intermediate)
+        problem = problem_of(config, experts, hidden, intermediate, top_k_of(layer))
     except PluginError as error:
         raise UnsupportedLayerError(where, str(error), allowed) from None
     if choice.provider == "cutedsl":
@@ -119,14 +140,23 @@ def new_weights(
     return ExpertWeights(names, choice.provider, problem)
 
 
-def problem_of(config: MoeRunnerConfig, experts: int, hidden: int, intermediate: int) -> MoEProblem:
-    """What a layer computes on this rank; ids are those of its own experts. Raises PluginError on what this package does not have."""
+def top_k_of(layer: torch.nn.Module) -> int:
+    """Experts a token. Llama-4, OLMoE and Hunyuan tell only their router: then by the model's configuration, 0 if that does not say."""
+    if layer.moe_runner_config.top_k is not None or of_a_draft():  # the configuration is the target's
+        return layer.moe_runner_config.top_k or 0
+    text = process_model_config().hf_text_config
+    found = getattr(text, "moe_topk", None) or getattr(text, "num_experts_per_tok", None) or 0
+    return found[layer.layer_id] if isinstance(found, list) else found
+
+
+def problem_of(config: MoeRunnerConfig, experts: int, hidden: int, intermediate: int, top_k: int) -> MoEProblem:
+    """What a layer computes on this rank, which has ``experts``; ids are those of its own. Raises PluginError on what is not served."""
     return MoEProblem(
-        num_experts=experts,
+        num_experts=max(config.num_experts or 0, experts),  # which tokens come here, and what was tuned for such a rank
         num_local_experts=experts,
         hidden=hidden,
         intermediate=intermediate,
-        top_k=config.top_k or 0,
+        top_k=top_k,
         activation=activation_of(config),
         apply_router_weight_on_input=config.apply_router_weight_on_input,
     )

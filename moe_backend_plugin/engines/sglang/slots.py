@@ -1,15 +1,15 @@
 """SGLang's tables for gated-delta-net states, in the terms of :func:`moe_backend_plugin.gdn.cuda.decode`; imports no SGLang.
 
-A pool has ``size + 1`` slots. Requests own 1 .. size; slot 0 is SGLang's place for nothing; padded rows of a graph have -1. So the
-last slot is a request's, and what is null is what is negative: ``NullRule.NEGATIVE``, ``live_begin`` 0.
+A pool has ``size + 1`` slots. Requests own 1 .. size, so the last slot is a request's. Padded rows of a graph have -1. Padded rows of
+an eager batch have slot 0, which no request ever owns: null is ``index <= 0``, ``NullRule.BLOCK_ZERO``.
 """
 
 from __future__ import annotations
 
 import torch
 
-LIVE_BEGIN = 0
-"""-1 is null, 0 is an ordinary slot."""
+LIVE_BEGIN = 1
+"""From 0 on, padded rows of an eager batch would write states of drafts to rows that the buffer may not have."""
 
 
 def packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

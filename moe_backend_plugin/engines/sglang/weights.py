@@ -115,14 +115,15 @@ class ExpertWeights:
     # -- after loading ---------------------------------------------------------------------------------------------------------------
 
     def finish(self, layer: Module, dummy: bool = False) -> None:
-        """From the checkpoint's form to the provider's. ``dummy``: the parameters hold random numbers, which need not be valid.
+        """From the checkpoint's form to the provider's. ``dummy``: what no loader delivered are random numbers, which need not be valid.
 
         Raises:
             CheckpointError: a tensor is missing, or a scale is no number or negative.
         """
         if self.finished:
             return
-        if dummy:
+        # SGLang still says "dummy" when the first real weights have come, by an update.
+        if dummy and not any(self.loaded.values()):
             self._make_valid(layer)
         else:
             self._check(layer)
@@ -202,3 +203,5 @@ class ExpertWeights:
             getattr(layer, f"{gemm}_{self.names.scale}").data.view(torch.uint8).bitwise_and_(0x3F)
             scale_2 = 1 / DUMMY_SCALE_2 if self.names.reciprocal else DUMMY_SCALE_2
             getattr(layer, f"{gemm}_{self.names.global_scale}").data.fill_(scale_2)
+            # As if delivered: an update of some tensors then finds the others in place.
+            self.loaded[gemm] = set(itertools.product(range(self.problem.num_local_experts), self._parts(gemm)))
