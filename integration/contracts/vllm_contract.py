@@ -16,6 +16,8 @@ LAYERS = "vllm.model_executor.layers"
 EXPERTS = f"{LAYERS}.fused_moe.RoutedExperts"
 MODULAR = f"{LAYERS}.fused_moe.modular_kernel"
 QUANTIZATION = f"{LAYERS}.quantization"
+COMPRESSED_TENSORS = f"{QUANTIZATION}.compressed_tensors.compressed_tensors"
+MODELOPT = f"{QUANTIZATION}.modelopt"
 PARAMETER = "vllm.model_executor.parameter"
 GDN = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn.QwenGatedDeltaNetAttention"
 GDN_MODULE = f"{LAYERS}.mamba.gdn.qwen_gdn_linear_attn"
@@ -29,6 +31,8 @@ def attributes(owner: str, names: str) -> list[Use]:
 
 
 USES: list[Use] = [
+    # configs.py: a mixin reads it of the class that it comes before.
+    *attributes(f"{COMPRESSED_TENSORS}.CompressedTensorsConfig", "transform_config packed_modules_mapping"),
     # settings.py reads it with getattr.
     Use("vllm.config.VllmConfig.additional_config"),
     # Wrapped, so that bad settings stop the engine before anything else happens.
@@ -163,6 +167,29 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "_causal_conv1d_update_cpu(x=decode_mixed_qkv, conv_states=conv_state, weight=layer.conv1d.weight, bias=layer.conv1d.bias, "
         "silu_activation=layer.activation == 'silu', conv_state_indices=decode_state_indices, is_weight_packed=True)",
     ),
+    # Which inputs are not quantised although quant_algo says so, and which layers are not although nothing excludes them.
+    f"{MODELOPT}.ModelOptNvFp4Config._from_config": (
+        "config_groups = original_config.get('config_groups')",
+        "all((isinstance(group, dict) and group.get('input_activations') is None for group in config_groups.values()))",
+    ),
+    f"{MODELOPT}.ModelOptQuantConfigBase.get_quant_method": (
+        "if 'vision_tower' in prefix or 'vision_model' in prefix or 'vit_large_projector' in prefix:",
+    ),
+    # What from_config is called with lies in the model's configuration, which override_quantization_method has completed.
+    "vllm.model_executor.model_loader.weight_utils.get_quant_config": (
+        "hf_quant_config = getattr(model_config.hf_config, 'quantization_config', None)",
+        "hf_quant_config = getattr(hf_text_config, 'quantization_config', None)",
+        "return make_checkpoint_config(hf_quant_config)",
+    ),
+    # A layer whose input or output is transformed is another method's.
+    f"{COMPRESSED_TENSORS}.CompressedTensorsConfig.get_quant_method": (
+        "input_tfms, output_tfms = get_linear_transform_schemes(layer, prefix, self.transform_config, self.packed_modules_mapping)",
+        "if any((input_tfms, output_tfms)):",
+    ),
+    # Sleep: what one thread allocates while it loads a model is given up, but for buffers.
+    "vllm.device_allocator.cumem.use_memory_pool_with_allocator": ("torch.cuda.memory.use_mem_pool(mem_pool)",),
+    # Without drafts in the batch, the slots are a column of the block table.
+    "vllm.v1.attention.backends.gdn_attn.GDNAttentionMetadataBuilder.build": ("non_spec_state_indices_tensor = block_table_tensor[:, 0]",),
     # Compiled graphs are kept under a hash of this, among others.
     "vllm.config.VllmConfig.compute_hash": ("json.dumps(additional_config, sort_keys=True)",),
     # Weights that are loaded again. A loader gets all it takes by position. What it copies is counted, first on tensors without

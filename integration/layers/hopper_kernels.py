@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -63,7 +63,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     module.Weights = Weights
     for function in ("unsupported_reason", "prepare", "arena_bytes", "fused_moe"):
         setattr(module, function, getattr(kernels, function))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
+    module.multiprocessors_of = lambda device: MULTIPROCESSORS
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(moe, "cuda", module, raising=False)
     # The adapter may have been imported with another one.

@@ -104,6 +104,34 @@ def to_compressed_tensors(parts: Checkpoint) -> None:
     parts.hf_quant_config.clear()
 
 
+def weights_alone(parts: Checkpoint) -> None:
+    """ModelOpt's NVFP4 in name, with inputs that nothing quantises and that have no scales."""
+    parts.tensors = {name: tensor for name, tensor in parts.tensors.items() if not name.endswith(".input_scale")}
+    for group in parts.quantization["config_groups"].values():
+        group["input_activations"] = None
+    parts.hf_quant_config.clear()  # which cannot say so
+
+
+def layers_beside(parts: Checkpoint) -> None:
+    """A mixed checkpoint of an older ModelOpt, which lists its layers in hf_quant_config.json alone. All of them are NVFP4."""
+    suffix = ".weight_scale_2"
+    names = [name.removesuffix(suffix) for name in parts.tensors if name.endswith(suffix)]
+    parts.set_both("quant_algo", "MIXED_PRECISION")
+    parts.legacy["quantized_layers"] = {name: {"quant_algo": "NVFP4", "group_size": 16} for name in names}
+    del parts.quantization["config_groups"]
+
+
+ROTATION = "model.layers.0.self_attn.q_proj.rotation_input"
+
+
+def rotate_inputs(parts: Checkpoint) -> None:
+    """compressed-tensors with inputs of attention's projections that are to be rotated."""
+    to_compressed_tensors(parts)
+    apply = [{"targets": ["re:.*self_attn[.][qkv]_proj$"], "location": "input"}]
+    parts.config["quantization_config"]["transform_config"] = {"config_groups": {"rotation": {"type": "random-hadamard", "apply": apply}}}
+    parts.tensors[f"{ROTATION}.weight"] = torch.eye(parts.config["hidden_size"], dtype=torch.bfloat16)
+
+
 def quantize_lm_head(parts: Checkpoint) -> None:
     """Give the output matrix NVFP4 values, and take it off the exclude lists."""
     from moe_backend_plugin.nvfp4.format import quantize

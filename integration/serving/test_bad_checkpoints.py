@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .checkpoints import FILE, Checkpoint, edited
+from .checkpoints import FILE, Checkpoint, edited, layers_beside, rotate_inputs
 from .engines import EngineHost, Refusal
 from .process import tail
 from .server import Server
@@ -178,6 +178,22 @@ def test_expert_width_that_is_odd(engines: EngineHost, moe_model: Path, tmp_path
     found = engines.start(edited(moe_model, tmp_path / "model", edit))
     assert found is not None, "an engine with experts of 127 columns started"
     assert_clear(found.message, ["127", "multiple of 16"])
+
+
+def test_inputs_that_are_to_be_rotated(engines: EngineHost, moe_model: Path, tmp_path: Path) -> None:
+    """vLLM's layers would rotate them, but it has none of NVFP4 for CPUs; the rotation's own weight is no reason to refuse."""
+    found = engines.start(edited(moe_model, tmp_path / "model", rotate_inputs))
+    assert found is not None, "an engine that does not rotate its inputs started"
+    assert_clear(found.message, ["self_attn.qkv_proj", "transform_config with random-hadamard rotation", "no NVFP4 kernel"])
+
+
+def test_mixed_layers_that_are_listed_nowhere(refuse, moe_model: Path, tmp_path: Path) -> None:
+    def edit(parts: Checkpoint) -> None:
+        layers_beside(parts)
+        parts.hf_quant_config.clear()
+
+    message = refuse(edited(moe_model, tmp_path / "model", edit))
+    assert_clear(message, ["quantized_layers", "None", "a mapping of layer names to algorithms, here or in hf_quant_config.json"])
 
 
 def test_unchanged_copy_is_accepted(engines: EngineHost, moe_model: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from .checkpoints import edited, quantize_lm_head, round_lm_head, to_compressed_tensors
+from .checkpoints import Edit, edited, layers_beside, quantize_lm_head, round_lm_head, to_compressed_tensors, weights_alone
 from .engines import EngineHost, Score
 from .test_parallel import TOKENS
+from .test_settings import TAKE
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -32,6 +33,17 @@ def test_compressed_tensors_checkpoint_scores_as_modelopts(engines: EngineHost, 
     print(f"mean logprob difference {found.difference(baseline):.6f}")
     # The reciprocal of a reciprocal may differ in the last float32 bit, which moves a few roundings to bfloat16.
     assert found.difference(baseline) < 0.01 and found.agreement(baseline) >= 0.99
+
+
+@pytest.mark.parametrize("edit", [weights_alone, layers_beside])
+@pytest.mark.parametrize("named", [True, False], ids=["named", "found"])
+def test_other_descriptions_of_the_same_weights(
+    named: bool, edit: Edit, engines: EngineHost, once: Callable, moe_model: Path, tmp_path: Path
+) -> None:
+    """Described as vLLM's own methods take it too: the same layers, and the same numbers."""
+    settings = {"quantization": "nvfp4_cutedsl"} if named else {"quantization": None, "env": TAKE}
+    found = engines.score(edited(moe_model, tmp_path / "model", edit), tokens=500, **settings)
+    assert found == once("500 tokens", lambda: engines.score(moe_model, tokens=500))
 
 
 def test_quantised_output_matrix(engines: EngineHost, baseline: Score, moe_model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -317,7 +316,7 @@ def case():
 
 def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, update_state: bool, intermediate=None) -> torch.Tensor:
     from moe_backend_plugin.gdn import reference as gdn
-    from moe_backend_plugin.gdn.slots import NullRule, PoolLayout, from_sglang
+    from moe_backend_plugin.gdn.slots import PoolLayout, from_sglang
 
     rows = cache.shape[0]
     q, k, v = (
@@ -326,7 +325,7 @@ def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, upda
     )
     a, b = (x[name].view(rows, tokens, HV) for name in "ab")
     starts = torch.arange(0, rows * tokens + 1, tokens)
-    table = replace(from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts), null_rule=NullRule.BLOCK_ZERO)
+    table = from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts)
     arguments = (q, k, v, a, b, x["A_log"], x["dt_bias"], pool, table)
     return gdn.gdn_decode(*arguments, intermediate=intermediate, update_state=update_state).reshape(1, rows * tokens, HV, D)
 

@@ -35,9 +35,9 @@ class NullRule(enum.Enum):
     """Which slot indices mean "no state here" (padded rows, mostly)."""
 
     BLOCK_ZERO = "index <= 0"
-    """vLLM: block 0 is never owned by a request."""
+    """vLLM: block 0 is never owned by a request. SGLang: nor is slot 0, which padded rows of eager batches have; of graphs, -1."""
     NEGATIVE = "index < 0"
-    """SGLang, FlashInfer's fp32 path: slot 0 is an ordinary slot."""
+    """FlashInfer's fp32 path: slot 0 is an ordinary slot."""
     NEGATIVE_OR_LAST = "index < 0 or index == pool size - 1"
     """SGLang where padding is remapped to a sentinel slot at the end of the pool."""
 
@@ -209,7 +209,7 @@ def from_sglang(
     query_start_loc: torch.Tensor | None = None,
     sentinel: bool = False,
 ) -> Slots:
-    """SGLang: ``cache_indices`` [n], padded with -1 (``sentinel``: or with the pool's last slot, which is never a request's).
+    """SGLang: ``cache_indices`` [n], padded with -1 or 0 (``sentinel``: with -1 or the pool's last slot, which is never a request's).
 
     In place unless ``write_indices`` ([n] or [n, T]) are given. ``query_start_loc`` [n + 1] for more than one token a row
     (``target_verify``; per-step states then go to the batch-scoped intermediate buffer, with ``update_state=False``).
@@ -217,5 +217,5 @@ def from_sglang(
     read = cache_indices.to(torch.int64)
     write = read if write_indices is None else write_indices.to(torch.int64)
     cu_seqlens = None if query_start_loc is None else query_start_loc[: read.shape[0] + 1].to(torch.int64)
-    rule = NullRule.NEGATIVE_OR_LAST if sentinel else NullRule.NEGATIVE
+    rule = NullRule.NEGATIVE_OR_LAST if sentinel else NullRule.BLOCK_ZERO
     return Slots(read, write, pool, rule, same_slots=write_indices is None, cu_seqlens=cu_seqlens)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import ClassVar, NamedTuple
 
@@ -148,6 +149,9 @@ class _Lists:
 
     Nothing here is written again once it was made. Where more tokens come, longer lists take its place; the former ones stay for
     good, because graphs hold their addresses.
+
+    So they must outlast an engine's sleep. What an engine allocates while it loads a model comes from a memory pool whose contents it
+    gives up when it sleeps without its weights; but a pool serves the thread that opened it, and these are made in another.
     """
 
     _made: ClassVar[dict[tuple[torch.device, int], _Lists]] = {}
@@ -156,15 +160,22 @@ class _Lists:
 
     def __init__(self, device: torch.device, tile_tokens: int, max_tokens: int) -> None:
         self.tile_tokens, self.most = tile_tokens, -(-max_tokens // tile_tokens)
+        with ThreadPoolExecutor(1) as thread:
+            self.tiles, self.counts = thread.submit(self._make, device).result()
+
+    def _make(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the thread's, which ends with this
+        tile_tokens = self.tile_tokens
         first = torch.arange(1, tile_tokens + 1, dtype=torch.int32).view(-1, 1)  # tokens of the first tile
         tiles = torch.zeros(tile_tokens, self.most, 4, dtype=torch.int32)  # expert, first token, tokens, 0
         tiles[:, 1:, 1] = first + torch.arange(self.most - 1, dtype=torch.int32) * tile_tokens
         tiles[:, :1, 2], tiles[:, 1:, 2] = first, tile_tokens
         counts = torch.zeros(self.most + 1, 4, dtype=torch.int32)  # tiles, and what only combining looks at
         counts[:, 0] = torch.arange(self.most + 1, dtype=torch.int32)
-        # Tensors made in inference mode could not be used outside of it later. Copying waits until they are there, for every stream.
-        with torch.inference_mode(False):
-            self.tiles, self.counts = tiles.to(device), counts.to(device)
+        # Copying waits until they are there, for every stream. Inference mode, in which tensors of no use outside of it would be made,
+        # is of the other thread as well, and so is torch's default device.
+        return tiles.to(device), counts.to(device)
 
     @classmethod
     def get(cls, device: torch.device, tile_tokens: int, tokens: int) -> _Lists:

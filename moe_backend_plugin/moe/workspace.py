@@ -186,6 +186,9 @@ class Arena:
     An adapter sizes it once at start, on the stream that it will use, for the largest call. It grows if a larger call comes all
     the same, but never during graph capture: memory taken there would belong to the graph. What it had before growing it
     keeps for good, because graphs captured until then hold addresses in it; so growing costs the sum of all sizes.
+
+    Nothing in it lasts from one call to the next: what kernels read there, the same call wrote. So an engine that sleeps may give up
+    the contents, as it does with all that was allocated while the model was loaded.
     """
 
     _arenas: ClassVar[dict[tuple[torch.device, int], Arena]] = {}

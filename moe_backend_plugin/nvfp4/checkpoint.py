@@ -190,7 +190,15 @@ def _check_block_scales(parts: _Parts, reader: Reader, tolerate_zeros: bool) -> 
     return len(blocks)
 
 
-def _check_kind(parts: _Parts, kind: LayerKind, scheme: QuantScheme, tied: bool) -> None:
+def _of_a_linear(name: str, modules: dict[str, _Parts]) -> bool:
+    """Whether a module belongs to one with a weight of its own: a rotation of compressed-tensors' ``transform_config``."""
+    while name := name.rpartition(".")[0]:
+        if name in modules and "weight" in modules[name].roles:
+            return True
+    return False
+
+
+def _check_kind(parts: _Parts, kind: LayerKind, scheme: QuantScheme, tied: bool, modules: dict[str, _Parts]) -> None:
     """Raise if a module is quantised in the description and not in the files, or the other way round."""
     weight = parts.roles.get("weight")
     if kind == "unquantized" and parts.quantized:
@@ -203,7 +211,7 @@ def _check_kind(parts: _Parts, kind: LayerKind, scheme: QuantScheme, tied: bool)
         return
     linear = len(weight.shape) == 2 or parts.name == weight.name
     ignored = _NOT_LINEAR.search(parts.name) or _NOT_TEXT.search(parts.name + ".") or tied and parts.name.endswith("lm_head")
-    if linear and not ignored:
+    if linear and not ignored and not _of_a_linear(parts.name, modules):
         found = f"an unquantised {weight.dtype} weight {list(weight.shape)}"
         raise CheckpointError(str(weight), found, f"U8: {scheme.source} says {scheme.algo} and does not exclude {parts.name}")
 
@@ -259,7 +267,7 @@ def check_checkpoint(
     modules, nbytes, zero_blocks = [], defaultdict(int, dict.fromkeys(("expert", "dense", "unquantized", "other"), 0)), 0
     for parts in parts_by_name.values():
         kind = scheme.layer_kind(parts.name)
-        _check_kind(parts, kind, scheme, tied)
+        _check_kind(parts, kind, scheme, tied, parts_by_name)
         weight = parts.roles.get("weight")
         shape = weight.shape if weight else ()
         if not parts.quantized:

@@ -93,10 +93,18 @@ def _scale_byte(byte: int) -> int:
     return lead - 9 + 19 << 3 | (mantissa << 3 - lead) & 7
 
 
-@cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """What each byte adds to a word: int32 ``[4, 256]`` for registers A0 .. A3, int32 ``[4, 256]`` for scales 0 .. 3; and the
     E4M3 byte of each of the layout's scale bytes, uint8 ``[256]``."""
+    # 8 KB a call, and nothing that stays on a GPU: engines take what lies there while a model loads for weights, which they give up
+    # when they are put to sleep and then load anew.
+    code_tables, scale_tables, inverse = (table.to(device, non_blocking=True) for table in _host_tables())
+    return code_tables, scale_tables, inverse
+
+
+@cache
+def _host_tables() -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_tables` on the CPU, whatever torch's default device is."""
     canonical = [_canonical(byte) for byte in range(256)]
     codes = [
         canonical,
@@ -110,8 +118,8 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     for byte in range(1, _NAN):
         inverse[scale_bytes[byte]] = byte
     with torch.inference_mode(False):
-        words = torch.tensor([codes, scales], dtype=torch.int64).to(torch.int32)  # wraps: the bits are what counts
-        return words[0].to(device), words[1].to(device), torch.tensor(inverse, dtype=torch.uint8).to(device)
+        words = torch.tensor([codes, scales], dtype=torch.int64, device="cpu").to(torch.int32)  # wraps: the bits are what counts
+        return words[0], words[1], torch.tensor(inverse, dtype=torch.uint8, device="cpu")
 
 
 def _chunks(experts: int, row_blocks: int, column_blocks: int) -> Iterator[tuple[slice, slice]]:

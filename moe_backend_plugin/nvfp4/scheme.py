@@ -24,6 +24,8 @@ LayerKind = Literal["nvfp4", "unquantized", "other"]
 MODELOPT_ALGOS: dict[str, Activations] = {"NVFP4": "nvfp4", "W4A16_NVFP4": "bf16"}
 """The ModelOpt algorithms of one layer that this package serves, and what their activations are."""
 MIXED = "MIXED_PRECISION"
+BESIDE = "hf_quant_config.json"
+"""ModelOpt's own description, beside ``config.json``."""
 PACKED_FORMAT = "nvfp4-pack-quantized"
 _PRODUCERS = "'modelopt' (NVFP4) or 'compressed-tensors' (nvfp4-pack-quantized)"
 _HOW_TO_MAKE = "a ModelOpt or compressed-tensors NVFP4 checkpoint; make one with `moe-backend quantize MODEL OUT`"
@@ -198,7 +200,8 @@ def _modelopt(config: Mapping[str, Any], where: str) -> QuantScheme:
 
     layers: dict[str, str] = {}
     if algo == MIXED:
-        listed = _expect(body.get("quantized_layers"), Mapping, f"{at}.quantized_layers", "a mapping of layer names to algorithms")
+        wanted = f"a mapping of layer names to algorithms, here or in {BESIDE}"
+        listed = _expect(body.get("quantized_layers"), Mapping, f"{at}.quantized_layers", wanted)
         for layer, entry in listed.items():
             spot = f"{at}.quantized_layers[{layer!r}]"
             entry = _expect(entry, Mapping, spot, "a mapping with quant_algo")
@@ -219,6 +222,9 @@ def _modelopt(config: Mapping[str, Any], where: str) -> QuantScheme:
                 args = group.get(part) if isinstance(group, Mapping) else None
                 if isinstance(args, Mapping):
                     _group_size(args.get("group_size"), f"{at}.config_groups.{key}.{part}.group_size")
+        # vLLM's rule: where every group leaves the inputs alone, the checkpoint is W4A16 whatever quant_algo says.
+        if groups and all(isinstance(group, Mapping) and group.get("input_activations") is None for group in groups.values()):
+            activations = "bf16"
 
     return QuantScheme(
         producer="modelopt",
@@ -291,6 +297,19 @@ def _compressed_tensors(config: Mapping[str, Any], where: str) -> QuantScheme:
     )
 
 
+def lacks_layers(config: Mapping[str, Any]) -> bool:
+    """Whether ``config.json``'s description is of a mixed checkpoint and lists no layers: older ModelOpts do so only in :data:`BESIDE`."""
+    return str(config.get("quant_algo")).upper() == MIXED and "quantized_layers" not in config
+
+
+def with_layers(config: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json``'s description with the layers that ``beside``, the content of :data:`BESIDE`, lists, where it lacks them."""
+    body = beside.get("quantization")
+    if not lacks_layers(config) or not isinstance(body, Mapping) or "quantized_layers" not in body:
+        return dict(config)
+    return {"ignore": body.get("exclude_modules") or [], **config, "quantized_layers": body["quantized_layers"]}
+
+
 def parse_scheme(quantization_config: Mapping[str, Any], where: str = "quantization_config") -> QuantScheme:
     """The scheme of ``config.json["quantization_config"]`` or of the content of ``hf_quant_config.json``.
 
@@ -336,15 +355,17 @@ def read_scheme(model_dir: str | Path) -> QuantScheme:
     config = read_json(folder / "config.json")
     text = config.get("text_config")
     inside = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, Mapping) else None)
-    beside = folder / "hf_quant_config.json"
-    second = parse_scheme(read_json(beside), "hf_quant_config.json") if beside.is_file() else None
+    beside = read_json(folder / BESIDE) if (folder / BESIDE).is_file() else None
+    second = None if beside is None else parse_scheme(beside, BESIDE)
     if inside is None:
         if second is None:
             dtype = config.get("dtype") or config.get("torch_dtype") or "dtype unknown"
             found = f"no quantisation description in config.json or hf_quant_config.json (weights are {dtype})"
             raise CheckpointError(f"{folder}: quantization_config", found, _HOW_TO_MAKE)
         return second
+    if beside is not None and isinstance(inside, Mapping):
+        inside = with_layers(inside, beside)
     scheme = parse_scheme(inside, "config.json: quantization_config")
     if second is not None and scheme.producer == second.producer and scheme.algo != second.algo:
-        raise CheckpointError("hf_quant_config.json.quantization.quant_algo", second.algo, f"{scheme.algo}, as in config.json")
+        raise CheckpointError(f"{BESIDE}.quantization.quant_algo", second.algo, f"{scheme.algo}, as in config.json")
     return scheme

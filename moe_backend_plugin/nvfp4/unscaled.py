@@ -29,14 +29,21 @@ from .values import BLOCK, E2M1_VALUES, unpack
 _CHUNK = 1 << 15
 
 
-@cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """float32 pair of each packed byte, as int64 ``[256]``; float32 value of each scale byte ``[256]``."""
-    byte = torch.arange(256)
-    values = torch.tensor(E2M1_VALUES)
-    pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1).contiguous().view(torch.int64).flatten()
-    scales = byte.to(torch.uint8).view(torch.float8_e4m3fn).float()
-    return pairs.to(device), scales.to(device)
+    # Nothing stays on a GPU: see hopper.py.
+    pairs, scales = (table.to(device, non_blocking=True) for table in _host_tables())
+    return pairs, scales
+
+
+@cache
+def _host_tables() -> tuple[Tensor, Tensor]:
+    """:func:`_tables` on the CPU, whatever torch's default device is."""
+    with torch.inference_mode(False):
+        byte = torch.arange(256, device="cpu")
+        values = torch.tensor(E2M1_VALUES, device="cpu")
+        pairs = torch.stack((values[byte & 15], values[byte >> 4]), -1).contiguous().view(torch.int64).flatten()
+        return pairs, byte.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def check_shapes(packed: Tensor, scale: Tensor) -> None:
@@ -110,7 +117,7 @@ def to_planes(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _shifts() -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(0, 16, 4, dtype=torch.int16).view(_PLANES, 1)
+        return torch.arange(0, 16, 4, dtype=torch.int16, device="cpu").view(_PLANES, 1)
 
 
 def unscaled_planes(words: Tensor, scale: Tensor, bits: Tensor, out: Tensor) -> Tensor:

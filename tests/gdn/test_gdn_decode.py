@@ -167,10 +167,10 @@ def test_split_pool_equals_in_place_and_keeps_the_read_slots(run):
     pool = make_pool(8, dtype=torch.bfloat16)
     case, split = make_case(3, dtype=torch.bfloat16), clone_pool(pool)
     layout = PoolLayout.of(pool)
-    expected = run(case, pool, from_sglang(torch.tensor([0, 1, 2]), layout))
+    expected = run(case, pool, from_sglang(torch.tensor([1, 2, 3]), layout))
     before = clone_pool(split)
-    out = run(case, split, from_sglang(torch.tensor([0, 1, 2]), layout, write_indices=torch.tensor([5, 6, 7])))
-    assert torch.equal(out, expected) and torch.equal(split[5:], pool[:3])
+    out = run(case, split, from_sglang(torch.tensor([1, 2, 3]), layout, write_indices=torch.tensor([5, 6, 7])))
+    assert torch.equal(out, expected) and torch.equal(split[5:], pool[1:4])
     assert torch.equal(split[:5].view(torch.int16), before[:5].view(torch.int16))
 
 

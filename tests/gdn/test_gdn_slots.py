@@ -70,7 +70,7 @@ def test_null_rules(rule, live):
 
 def test_sglang():
     s = from_sglang(ints(0, 5, -1), POOL)
-    assert s.same_slots and s.is_live(s.read).tolist() == [True, True, False]
+    assert s.same_slots and s.is_live(s.read).tolist() == [False, True, False]
     s = from_sglang(ints(0, 5, 15), POOL, write_indices=ints(1, 2, 15), sentinel=True)
     assert not s.same_slots and s.is_live(s.write).tolist() == [True, True, False]
     s = from_sglang(ints(3, 4), POOL, query_start_loc=ints(0, 2, 4))

@@ -265,6 +265,19 @@ def test_nothing_is_asked_of_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_lists_lie_in_no_pool_of_the_thread_that_loads_a_model():
+    """vLLM's sleep gives up what is in such a pool."""
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        inside = torch.empty(1 << 20, device=DEVICE)
+        lists = cuda._Lists(DEVICE, 48, 5000)
+
+    def held(tensor: torch.Tensor) -> bool:
+        return any(part["address"] <= tensor.data_ptr() < part["address"] + part["total_size"] for part in pool.snapshot())
+
+    assert held(inside) and not held(lists.tiles) and not held(lists.counts)
+
+
 def test_a_capture_of_more_tokens_than_were_prepared_is_refused():
     case = layer(SHAPES[4])
     most = 1 + max(lists.most * lists.tile_tokens for lists in cuda._Lists._made.values())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_backend_plugin import linear
 from moe_backend_plugin.errors import PluginError
@@ -176,6 +177,21 @@ def test_lists_are_shared_and_only_grow(lists):
     second = lists.get(CPU, 48, 145)
     assert second is not first and second is lists.get(CPU, 48, 10) and first in lists._kept
     assert torch.equal(first.of(90)[0], held) and torch.equal(second.of(90)[0], held)
+
+
+def test_lists_are_not_made_in_the_thread_that_loads_a_model(lists):
+    """vLLM's sleep empties what that thread allocates meanwhile (``torch.cuda.use_mem_pool``); its default device is the GPU."""
+    here: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            here.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with torch.device("meta"), torch.inference_mode(), Watch():
+        found, elsewhere = lists.get(CPU, 48, 100), lists.get(torch.device("meta"), 48, 100)
+    assert not here and elsewhere.tiles.is_meta and elsewhere.counts.is_meta
+    assert torch.equal(found.tiles, cuda._Lists(CPU, 48, 100).tiles) and not found.tiles.is_inference()
 
 
 def test_lists_do_not_grow_while_a_graph_is_captured(lists, monkeypatch):

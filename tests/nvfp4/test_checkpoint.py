@@ -255,6 +255,24 @@ def test_mixed_precision_leaves_other_formats_alone(tmp_path):
     assert report.nbytes["other"] == HIDDEN * HIDDEN + 8
 
 
+def test_weights_alone_need_no_input_scales(tmp_path):
+    """NVFP4 in name, and no group that quantises inputs."""
+    tensors, config = build()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("input_scale")}
+    refused(write(tmp_path / "W4A4", tensors, config), "", "without input_scale", "together")
+    config["quantization_config"]["config_groups"]["g"]["input_activations"] = None
+    assert check_checkpoint(write(tmp_path / "W4A16", tensors, config)).scheme.activations == "bf16"
+
+
+def test_a_rotation_of_a_layer_is_no_layer(tmp_path):
+    """compressed-tensors' transform_config: a matrix inside the module whose input it is for."""
+    tensors, config = build("compressed-tensors")
+    tensors[f"{Q}.rotation_input.weight"] = torch.eye(HIDDEN, dtype=torch.bfloat16)
+    check_checkpoint(write(tmp_path / "of a layer", tensors, config))
+    tensors["model.layers.0.self_attn.rotation_input.weight"] = torch.eye(HIDDEN, dtype=torch.bfloat16)
+    refused(write(tmp_path / "of none", tensors, config), "self_attn.rotation_input", "unquantised", "U8")
+
+
 def test_packed_weights_are_not_read(tmp_path, monkeypatch):
     """At any depth only scales are looked at (unless a zero scale asks for its block's codes)."""
     from moe_backend_plugin.nvfp4.files import Reader

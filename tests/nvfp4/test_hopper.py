@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_backend_plugin.nvfp4 import hopper
+from moe_backend_plugin.nvfp4 import unscaled as unscaled_module
 from moe_backend_plugin.nvfp4.hopper import BYTES, dequantise, pack, packed_shape, unpack
 from moe_backend_plugin.nvfp4.unscaled import unscaled
 from moe_backend_plugin.nvfp4.values import E2M1_VALUES
@@ -94,6 +95,21 @@ def checkpoint_row(packed_row, rows, gated):
     width = rows // 2
     row = 8 * b + i % 8
     return None if row >= width else row if i < 8 else width + row
+
+
+@pytest.mark.parametrize("module", [hopper, unscaled_module], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_no_table_stays_on_a_device(module):
+    """An engine gives up what lies on its GPU since a model was loaded, sleeps, and loads weights anew: tables would be lost memory."""
+    elsewhere = torch.device("meta")
+    first, second = module._tables(elsewhere), module._tables(elsewhere)
+    assert all(a.device == b.device == elsewhere and a is not b for a, b in zip(first, second, strict=True))
+    right = [table.clone() for table in module._tables(torch.device("cpu"))]
+    module._host_tables.cache_clear()
+    with elsewhere, torch.inference_mode():  # where vLLM makes a layer
+        module._tables(elsewhere)
+    found = module._tables(torch.device("cpu"))
+    torch.testing.assert_close(found, tuple(right), rtol=0, atol=0, equal_nan=True)
+    assert not any(table.is_inference() for table in found)
 
 
 @pytest.mark.parametrize("gated", [False, True])

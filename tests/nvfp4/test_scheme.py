@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_backend_plugin.errors import CheckpointError
-from moe_backend_plugin.nvfp4.scheme import COMPRESSED_TENSORS_NAMES, MODELOPT_NAMES, parse_scheme, read_scheme
+from moe_backend_plugin.nvfp4.scheme import COMPRESSED_TENSORS_NAMES, MODELOPT_NAMES, parse_scheme, read_scheme, with_layers
 
 FP4 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
 FP8 = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -158,6 +158,42 @@ def test_mixed_precision(make):
     assert scheme.layer_activations("model.layers.1.mlp.experts.5.down_proj") == "bf16"
     assert scheme.layer_kind("model.layers.1.mlp.shared_expert.up_proj") == "other"
     assert scheme.layer_kind("model.layers.2.mlp.gate") == "unquantized"
+
+
+GROUP = {"input_activations": FP4, "weights": FP4, "targets": ["Linear"]}
+
+
+@pytest.mark.parametrize(
+    ("groups", "activations"),
+    [
+        ({"a": GROUP | {"input_activations": None}}, "bf16"),
+        ({"a": {"weights": FP4, "targets": ["Linear"]}, "b": GROUP | {"input_activations": None}}, "bf16"),
+        ({"a": GROUP, "b": GROUP | {"input_activations": None}}, "nvfp4"),
+        ({}, "nvfp4"),
+    ],
+)
+def test_weights_alone_under_the_name_of_nvfp4(groups, activations):
+    """vLLM's rule; integration/layers compares with vLLM's own answer."""
+    scheme = parse_scheme(modelopt(config_groups=groups))
+    assert scheme.activations == scheme.layer_activations("model.layers.2.mlp.down_proj") == activations and scheme.algo == "NVFP4"
+
+
+def test_layers_of_older_modelopts_are_listed_beside(tmp_path):
+    """``config.json`` names the mixture, ``hf_quant_config.json`` alone its layers."""
+    inside = modelopt(quant_algo="MIXED_PRECISION")
+    beside = legacy(quant_algo="MIXED_PRECISION", quantized_layers=MIXED_LAYERS, exclude_modules=["lm_head"])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": inside}))
+    with pytest.raises(CheckpointError, match=r"quantized_layers: found .*None.*; allowed: .* here or in hf_quant_config\.json"):
+        read_scheme(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    scheme = read_scheme(tmp_path)
+    assert dict(scheme.layers) == {name: entry["quant_algo"].upper() for name, entry in MIXED_LAYERS.items()}
+    assert scheme.exclude == tuple(inside["ignore"]), "what config.json says stays"
+    del inside["ignore"]
+    assert parse_scheme(with_layers(inside, beside)).exclude == ("lm_head",)
+    assert with_layers(modelopt(), beside) == modelopt() and with_layers(inside, {"quantization": None}) == inside
+    listed = inside | {"quantized_layers": {"a": {"quant_algo": "NVFP4"}}}
+    assert with_layers(listed, beside) == listed
 
 
 def test_compressed_tensors():

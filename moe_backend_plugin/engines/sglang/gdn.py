@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from sglang.srt.runtime_context import get_exec, get_parallel
 from ...device import choose_provider
 from ...errors import UnsupportedLayerError
 from ...gdn.op import gdn_decode
-from ...gdn.slots import NullRule, PoolLayout, from_sglang
+from ...gdn.slots import PoolLayout, from_sglang
 from . import GDN_BACKEND, slots
 from .arguments import GDN_FLAG as FLAG
 from .hooks import wrap
@@ -168,7 +167,7 @@ def _decode(
     """One launch, no allocation; with ``starts`` the pool is only read and the states go to ``intermediate``."""
     a, b = (part.view(qkv.shape[0], -1) for part in (a, b))
     if pool.device.type == "cpu":
-        table = replace(from_sglang(read, PoolLayout.of(pool), query_start_loc=starts), null_rule=NullRule.BLOCK_ZERO)
+        table = from_sglang(read, PoolLayout.of(pool), query_start_loc=starts)
         gdn_decode(qkv, a, b, A_log, dt_bias, pool, table, intermediate=intermediate, update_state=starts is None, out=out)
         return
     from ...gdn import cuda

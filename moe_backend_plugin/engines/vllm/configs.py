@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.linear import get_linear_transform_schemes
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig, ModelOptNvFp4Config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -21,6 +22,8 @@ from .moe import Nvfp4MoEMethod
 from .settings import plugin_config, provider
 
 logger = init_logger("vllm.moe_backend_plugin")
+_NOT_QUANTISED = ("vision_tower", "vision_model", "vit_large_projector")
+"""Parts of names of layers that vLLM takes for unquantised, excluded or not: ModelOpt before 0.39 does not list them."""
 _handed_over: set[str] = set()
 """Why layers were handed to vLLM, as far as the log has it."""
 
@@ -59,6 +62,10 @@ class PluginLayers:
         """``"nvfp4"`` or ``"bf16"``: what the checkpoint asks for; None for a layer that is not NVFP4."""
         raise NotImplementedError
 
+    def transform(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        """What the checkpoint wants done to a layer's input or output, which only vLLM's own layer does; or None."""
+        return None
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         moe = isinstance(layer, RoutedExperts)
         if not moe and not isinstance(layer, (LinearBase, ParallelLMHead)):
@@ -71,6 +78,12 @@ class PluginLayers:
         # "auto" is W4A16: without FP4 tensor cores, rounding the activations costs time and accuracy and gains nothing.
         use_nvfp4 = getattr(plugin_config(), kind).activations == "nvfp4"
         method = Nvfp4MoEMethod if moe else Nvfp4LinearMethod
+        transform = self.transform(layer, prefix)
+        if transform is not None and choice.provider == "torch":
+            raise UnsupportedLayerError(prefix, transform, "a checkpoint without transform_config on a CPU, where vLLM has no NVFP4 kernel")
+        if transform is not None and choice.provider != "engine":
+            hand_over(prefix, transform, kind)
+            return super().get_quant_method(layer, prefix)
         if choice.provider == "cutedsl":
             if moe:
                 from . import moe_cuda as hopper
@@ -101,7 +114,7 @@ class Nvfp4ModelOptConfig(PluginLayers, ModelOptNvFp4Config):
     """ModelOpt checkpoints in which every quantised layer is NVFP4."""
 
     def nvfp4_activations(self, layer: torch.nn.Module, prefix: str) -> str | None:
-        if self.is_layer_excluded(prefix):
+        if self.is_layer_excluded(prefix) or any(part in prefix for part in _NOT_QUANTISED):
             return None
         return self.scheme.activations
 
@@ -132,6 +145,15 @@ class Nvfp4CompressedTensorsConfig(PluginLayers, CompressedTensorsConfig):
         if not parts or not self._is_nvfp4_format(parts.get("weights")):
             return None
         return "nvfp4" if parts.get("input_activations") is not None else "bf16"
+
+    def transform(self, layer: torch.nn.Module, prefix: str) -> str | None:
+        if not isinstance(layer, LinearBase):  # vLLM transforms no others
+            return None
+        at_input, at_output = get_linear_transform_schemes(layer, prefix, self.transform_config, self.packed_modules_mapping)
+        found = {f"{entry.scheme.type} {entry.scheme_name}" for entry in (*at_input.values(), *at_output.values())}
+        if not found:
+            return None
+        return f"transform_config with {', '.join(sorted(found))}, and this package's layers transform neither input nor output"
 
 
 def hand_over(prefix: str, reason: str, kind: str) -> None:

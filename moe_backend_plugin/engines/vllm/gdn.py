@@ -11,7 +11,7 @@ from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedD
 from vllm.utils.torch_utils import _encode_layer_name
 
 from ...errors import UnsupportedLayerError
-from .settings import plugin_config, provider
+from .settings import name_graphs, plugin_config, provider
 
 logger = init_logger("vllm.moe_backend_plugin")
 
@@ -44,6 +44,7 @@ class PluginGatedDeltaNetAttention(QwenGatedDeltaNetAttention):
         if choice.provider == "torch":
             from . import gdn_cpu  # noqa: F401  defines the op that forward_plugin calls
 
+            name_graphs("gated-delta-net layers", "torch")
             self._forward_method = self.forward_plugin
 
     def _forward_core(self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, core_attn_out: torch.Tensor) -> None:

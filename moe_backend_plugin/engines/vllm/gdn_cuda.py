@@ -22,7 +22,7 @@ from wrapt import wrap_function_wrapper
 
 from ...gdn import cuda
 from ...kernels import compile as kernels
-from .settings import plugin_config
+from .settings import name_graphs, plugin_config
 
 logger = init_logger("vllm.moe_backend_plugin")
 _exchanged: ContextVar[bool] = ContextVar("_exchanged", default=False)
@@ -47,8 +47,10 @@ def unsupported_reason(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: 
 def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> None:
     """Compile or load every kernel that this layer can launch, before the first request."""
     kernels.use_cache_folder(plugin_config().kernel_cache)
-    # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in.
-    layer.enable_fused_gdn_spec_decode = False
+    # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in. It is of the traced graph.
+    if layer.enable_fused_gdn_spec_decode:
+        layer.enable_fused_gdn_spec_decode = False
+        name_graphs("gated-delta-net layers", "cutedsl")
     kinds = cuda.Layer(
         state=layer.get_state_dtype()[1],
         tokens=vllm_config.model_config.dtype,
@@ -85,7 +87,7 @@ def step(layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, 
         # One token a row; under a full CUDA graph the rows past the last request hold the null slot.
         slots = m.non_spec_state_indices_tensor[:tokens]
         x = _convolve(layer, mixed_qkv, conv_state_indices=slots)
-        cuda.decode(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, out)
+        cuda.decode(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], _side_by_side(slots), out)
         return True
     return False
 
@@ -114,6 +116,15 @@ def _decode_drafts(
 ) -> None:
     """Rows of one token and its drafts; the state after each goes to a slot of its own, ``slots`` [rows, columns]."""
     cuda.decode(x, a, b, A_log, dt_bias, pool, slots, out, write=slots, cu_seqlens=starts, num_accepted=accepted, max_tokens=slots.shape[1])
+
+
+def _side_by_side(slots: torch.Tensor) -> torch.Tensor:
+    """``slots`` [rows] as the kernels read them, with unit stride.
+
+    Where drafts are configured and a batch has none, vLLM gives a column of its block table. Not under a full graph: vLLM fills a
+    buffer for that, which is returned as it is.
+    """
+    return slots if slots.stride(0) == 1 else slots.clone(memory_format=torch.contiguous_format)
 
 
 def _convolve(layer: Any, x: torch.Tensor, **rows: Any) -> torch.Tensor:
@@ -160,7 +171,7 @@ def _update(
     out = torch.zeros_like(v)
     if num_accepted_tokens is None:
         # vLLM hands over the slots of the prefills as well; decode rows come first.
-        cuda.decode(packed, a, b, A_log, dt_bias, initial_state, ssm_state_indices[:rows], out[0])
+        cuda.decode(packed, a, b, A_log, dt_bias, initial_state, _side_by_side(ssm_state_indices[:rows]), out[0])
     else:
         slots, accepted = ssm_state_indices[:rows], num_accepted_tokens[:rows]
         _decode_drafts(packed, a, b, A_log, dt_bias, initial_state, slots, cu_seqlens, accepted, out[0])

@@ -19,12 +19,9 @@ from ...linear.op import nvfp4_linear_packed
 from ..packing import allocate, rearrange
 from .linear import Nvfp4LinearMethod
 from .moe_cuda import current_device
-from .settings import plugin_config
+from .settings import name_graphs, plugin_config
 
 logger = init_logger("vllm.moe_backend_plugin")
-
-GRAPH_KEY = "moe_backend_plugin: dense layers"
-"""In vLLM's ``additional_config``, which is part of the name of a compiled graph that is kept on the disk."""
 
 
 def unsupported_reason(layer: LinearBase | ParallelLMHead, use_nvfp4: bool) -> str | None:
@@ -61,13 +58,9 @@ class HopperLinearMethod(Nvfp4LinearMethod):
     """
 
     def _prepare(self, layer: torch.nn.Module, tokens: torch.dtype) -> None:
-        vllm_config = get_current_vllm_config()
-        # A graph that was compiled around vLLM's kernels must not be loaded for this package's: where the provider comes from a file or
-        # a variable, nothing that vLLM knows of differs.
-        if isinstance(vllm_config.additional_config, dict):
-            vllm_config.additional_config[GRAPH_KEY] = "cutedsl"
+        name_graphs("dense layers", "cutedsl")
         # A compiler that does not work should stop the server at once.
-        most = vllm_config.scheduler_config.max_num_batched_tokens
+        most = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         prepare(layer.output_size_per_partition, layer.input_size_per_partition, tokens, current_device(), most)
 
     def _allocate(self, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

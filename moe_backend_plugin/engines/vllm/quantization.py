@@ -10,6 +10,7 @@ name, which picks the right one of those classes once a checkpoint's description
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Nvfp4CuteDslConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        # vLLM merges hf_quant_config.json into the model's configuration before it asks; nothing else is read.
+        # vLLM reads hf_quant_config.json where config.json says nothing, and override_quantization_method where it says too little.
         return []
 
     @classmethod
@@ -57,6 +58,8 @@ class Nvfp4CuteDslConfig(QuantizationConfig):
     def override_quantization_method(cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None) -> str | None:
         """Claim the checkpoint when the user named this method, or when the configuration file says so.
 
+        Its description in ``hf_config``, from which vLLM makes the configuration, then lists the layers of a mixed checkpoint too.
+
         Raises:
             ConfigError: the file claims NVFP4 checkpoints and the command line names another method.
         """
@@ -65,15 +68,18 @@ class Nvfp4CuteDslConfig(QuantizationConfig):
         from .arguments import current_extra
 
         config = load_config(current_extra.get())
-        if user_quant == QUANTIZATION:
-            return QUANTIZATION
-        if not config.take_nvfp4_checkpoints:
+        if user_quant != QUANTIZATION and not config.take_nvfp4_checkpoints:
             return None
+        described = _description(hf_config)
+        whole = hf_quant_cfg or {} if described is None else _whole(described, hf_config)
         try:
-            parse_scheme(hf_quant_cfg or {})
+            parse_scheme(whole)
         except CheckpointError:
-            return None  # Not NVFP4: none of our business.
-        if user_quant is not None:
+            # Not NVFP4: none of our business, unless the user says so. Then from_config says what is wrong.
+            return QUANTIZATION if user_quant == QUANTIZATION else None
+        if described is not None:
+            described.update(whole)
+        if user_quant not in (None, QUANTIZATION):
             raise ConfigError(
                 "take_nvfp4_checkpoints together with --quantization",
                 f"true and {user_quant!r}",
@@ -83,3 +89,28 @@ class Nvfp4CuteDslConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> None:
         raise NotImplementedError("use from_config")
+
+
+def _description(hf_config: Any) -> dict[str, Any] | None:
+    """What vLLM hands to ``from_config`` later: the object itself, since vLLM may have asked with a copy."""
+    for owner in (hf_config, getattr(hf_config, "text_config", None)):
+        found = getattr(owner, "quantization_config", None)
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def _whole(described: dict[str, Any], hf_config: Any) -> dict[str, Any]:
+    """The description with the layers that older ModelOpts list only beside ``config.json``; vLLM looks there for its own methods alone."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    from ...nvfp4.scheme import BESIDE, lacks_layers, read_json, with_layers
+
+    if not lacks_layers(described):
+        return described
+    folder = Path(hf_config.name_or_path)
+    if folder.is_dir():
+        beside = read_json(folder / BESIDE) if (folder / BESIDE).is_file() else {}
+    else:
+        beside = get_hf_file_to_dict(BESIDE, hf_config.name_or_path, getattr(hf_config, "_commit_hash", None)) or {}
+    return with_layers(described, beside)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from functools import cache
 
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 
 from ...config import PluginConfig, load_config
 from ...device import Choice, Device, choose_provider, find_device
-from .arguments import current_extra, extra_config
+from .arguments import EXTRA_KEY, current_extra, extra_config
 
 _read: tuple[weakref.ref[VllmConfig], PluginConfig] | None = None
 """The engine whose settings were read last, and these settings."""
@@ -28,6 +28,17 @@ def plugin_config() -> PluginConfig:
     if _read is None or _read[0]() is not vllm_config:
         _read = weakref.ref(vllm_config), load_config(extra_config(vllm_config))
     return _read[1]
+
+
+def name_graphs(layers: str, provider: str) -> None:
+    """Keep the compiled graphs of a model whose ``layers`` this package serves apart from those around vLLM's own code.
+
+    vLLM keeps compiled graphs on the disk under a hash of its configuration, and where the provider comes from a file or a variable,
+    nothing that it knows of differs. ``additional_config`` is a part of that hash.
+    """
+    vllm_config = get_current_vllm_config()
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[f"{EXTRA_KEY}: {layers}"] = provider
 
 
 @cache
