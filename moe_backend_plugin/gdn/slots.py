@@ -100,10 +100,6 @@ class Slots:
             raise SlotsError("Slots.same_slots", "True with one write slot a token", "True only with write [n]")
 
     @property
-    def num_rows(self) -> int:
-        return self.read.shape[0]
-
-    @property
     def live_begin(self) -> int:
         return 1 if self.null_rule is NullRule.BLOCK_ZERO else 0
 

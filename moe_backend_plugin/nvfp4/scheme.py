@@ -60,7 +60,7 @@ class QuantScheme:
     """How a checkpoint is quantised.
 
     ``algo``: ModelOpt's name in upper case, or compressed-tensors' format. ``activations``: "nvfp4" if any NVFP4 layer has
-    quantised activations (:meth:`layer_activations` answers for one layer). ``kv_cache``: None, "fp8", "nvfp4", ... in lower
+    quantised activations (:meth:`nvfp4_activations` answers for one layer). ``kv_cache``: None, "fp8", "nvfp4", ... in lower
     case. ``exclude``: the patterns of unquantised modules. ``layers``: ModelOpt's per-layer algorithms of a mixed checkpoint.
     ``groups``: compressed-tensors' targets. ``source``: the file and field it was read from, for error messages.
     """
@@ -101,14 +101,8 @@ class QuantScheme:
         algo = self._layer_algo(name)
         return "unquantized" if algo is None else "nvfp4" if algo in MODELOPT_ALGOS else "other"
 
-    def layer_activations(self, name: str, class_name: str = "Linear") -> Activations:
-        """Activations of one NVFP4 layer: "nvfp4" (W4A4) or "bf16" (W4A16, and any layer that is not NVFP4)."""
-        if self.layer_kind(name, class_name) != "nvfp4":
-            return "bf16"
-        return self.nvfp4_activations(name, class_name)
-
     def nvfp4_activations(self, name: str, class_name: str = "Linear") -> Activations:
-        """:meth:`layer_activations` of a module that is known to be NVFP4 (half the work)."""
+        """Activations of one layer that :meth:`layer_kind` says is NVFP4: "nvfp4" (W4A4) or "bf16" (W4A16)."""
         if self.producer == "compressed-tensors":
             group = self._group(name, class_name)
             return group.activations if group else "bf16"

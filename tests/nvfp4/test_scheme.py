@@ -73,7 +73,7 @@ def test_modelopt_config_json():
         None,
     )
     assert scheme.names is MODELOPT_NAMES and not scheme.names.reciprocal
-    assert scheme.layer_kind(EXPERT) == "nvfp4" and scheme.layer_activations(EXPERT) == "nvfp4"
+    assert scheme.layer_kind(EXPERT) == "nvfp4" and scheme.nvfp4_activations(EXPERT) == "nvfp4"
     assert scheme.layer_kind("lm_head") == "unquantized"
     assert scheme.layer_kind("model.layers.0.mlp.gate") == "unquantized"
     assert scheme.layer_kind("model.layers.0.mlp.gate_proj") == "nvfp4"
@@ -92,7 +92,7 @@ def test_modelopt_legacy_file():
 @pytest.mark.parametrize("config", [modelopt(quant_algo="w4a16_nvfp4"), legacy(quant_algo="W4A16_NVFP4")])
 def test_weight_only_and_lower_case(config):
     scheme = parse_scheme(config)
-    assert scheme.algo == "W4A16_NVFP4" and scheme.activations == "bf16" and scheme.layer_activations(EXPERT) == "bf16"
+    assert scheme.algo == "W4A16_NVFP4" and scheme.activations == "bf16" and scheme.nvfp4_activations(EXPERT) == "bf16"
 
 
 @pytest.mark.parametrize("method", ["modelopt", "modelopt_fp4", "ModelOpt", None])
@@ -154,8 +154,8 @@ def test_mixed_precision(make):
     assert scheme.layer_kind("model.layers.0.mlp.experts.0.up_proj") == "nvfp4"
     assert scheme.layer_kind("model.layers.0.mlp.experts") == "nvfp4"  # what all beneath it share
     assert scheme.layer_kind("model.layers.1.mlp.experts.5.down_proj") == "nvfp4"
-    assert scheme.layer_activations("model.layers.0.mlp.experts.0.up_proj") == "nvfp4"
-    assert scheme.layer_activations("model.layers.1.mlp.experts.5.down_proj") == "bf16"
+    assert scheme.nvfp4_activations("model.layers.0.mlp.experts.0.up_proj") == "nvfp4"
+    assert scheme.nvfp4_activations("model.layers.1.mlp.experts.5.down_proj") == "bf16"
     assert scheme.layer_kind("model.layers.1.mlp.shared_expert.up_proj") == "other"
     assert scheme.layer_kind("model.layers.2.mlp.gate") == "unquantized"
 
@@ -175,7 +175,7 @@ GROUP = {"input_activations": FP4, "weights": FP4, "targets": ["Linear"]}
 def test_weights_alone_under_the_name_of_nvfp4(groups, activations):
     """vLLM's rule; integration/layers compares with vLLM's own answer."""
     scheme = parse_scheme(modelopt(config_groups=groups))
-    assert scheme.activations == scheme.layer_activations("model.layers.2.mlp.down_proj") == activations and scheme.algo == "NVFP4"
+    assert scheme.activations == scheme.nvfp4_activations("model.layers.2.mlp.down_proj") == activations and scheme.algo == "NVFP4"
 
 
 def test_layers_of_older_modelopts_are_listed_beside(tmp_path):
@@ -211,7 +211,7 @@ def test_compressed_tensors():
 
 def test_compressed_tensors_weight_only():
     scheme = parse_scheme(compressed(inputs=None))
-    assert scheme.activations == "bf16" and scheme.layer_activations(EXPERT) == "bf16"
+    assert scheme.activations == "bf16" and scheme.nvfp4_activations(EXPERT) == "bf16"
 
 
 def test_compressed_tensors_mixed_groups():
