@@ -88,7 +88,7 @@ def test_images_have_what_the_package_needs(dockerfile):
     wanted = [Requirement(line) for line in requires("moe-backend-plugin")]
     supported = next(r for r in wanted if r.name == engine.lower() and r.marker and f'extra == "{engine.lower()}"' in str(r.marker))
     assert supported.specifier.contains(version)
-    from_the_image = {"torch", "safetensors", "pydantic", "pyyaml"}
+    from_the_image = {"torch", "numpy", "safetensors", "pydantic", "pyyaml"}
     installed = {Requirement(text_) for text_ in re.findall(r'"([\w-]+>=[\d.]+)"', text)}
     assert {str(r) for r in wanted if r.marker is None and r.name.lower() not in from_the_image} == {str(r) for r in installed}
 
