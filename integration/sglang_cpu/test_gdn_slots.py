@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from .test_sglang_cpu import HQ, HV, D, expected
+from .test_sglang_cpu import HQ, HV, D, expected, verify
 
 SLOTS, LAYERS, STEPS = 6, 2, 3
 
@@ -116,25 +116,8 @@ def test_verification_of_a_padded_graph(pool, backend):
     assert cache.intermediate_ssm.shape[1:] == (STEPS, HV, D, D)
     cache.intermediate_ssm.fill_(7.0)
     before, x = cache.temporal.clone(), tokens(4 * STEPS)
-    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
-    q, k, v = (part.view(1, 4 * STEPS, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
-    out = backend.kernel_dispatcher.target_verify(
-        A_log=x["A_log"],
-        dt_bias=x["dt_bias"],
-        q=q,
-        k=k,
-        v=v,
-        a=x["a"],
-        b=x["b"],
-        ssm_states=cache.temporal,
-        cache_indices=table,
-        query_start_loc=starts,
-        intermediate_states_buffer=cache.intermediate_ssm,
-        intermediate_state_indices=backend.verify_intermediate_state_indices[:4],
-        cache_steps=STEPS,
-        retrieve_parent_token=None,
-        stable_rows=False,
-    )
+    rows = backend.verify_intermediate_state_indices[:4]
+    out = verify(backend.kernel_dispatcher, x, cache.temporal, table, starts, cache.intermediate_ssm, rows, STEPS)
     live = {name: tensor[: 3 * STEPS] if name in ("mixed", "a", "b") else tensor for name, tensor in x.items()}
     theirs = torch.full((3, STEPS, HV, D, D), 7.0)
     torch.testing.assert_close(out[:, : 3 * STEPS], expected(live, before, table[:3], STEPS, False, theirs), rtol=1e-4, atol=1e-4)
@@ -150,25 +133,9 @@ def test_verification_of_a_padded_eager_batch(pool, backend):
     assert table[3:].tolist() == [0] * 6 and count > cache.intermediate_ssm.shape[0]
     cache.intermediate_ssm.fill_(7.0)
     before, x = cache.temporal.clone(), tokens(count * STEPS)
-    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
-    q, k, v = (part.view(1, count * STEPS, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
-    out = backend.kernel_dispatcher.target_verify(
-        A_log=x["A_log"],
-        dt_bias=x["dt_bias"],
-        q=q,
-        k=k,
-        v=v,
-        a=x["a"],
-        b=x["b"],
-        ssm_states=cache.temporal,
-        cache_indices=table,
-        query_start_loc=torch.arange(0, count * STEPS + 1, STEPS, dtype=torch.int32),
-        intermediate_states_buffer=cache.intermediate_ssm,
-        intermediate_state_indices=backend.verify_intermediate_state_indices[:count],
-        cache_steps=STEPS,
-        retrieve_parent_token=None,
-        stable_rows=False,
-    )
+    starts = torch.arange(0, count * STEPS + 1, STEPS, dtype=torch.int32)
+    rows = backend.verify_intermediate_state_indices[:count]
+    out = verify(backend.kernel_dispatcher, x, cache.temporal, table, starts, cache.intermediate_ssm, rows, STEPS)
     assert out[:, : 3 * STEPS].any() and not out[:, 3 * STEPS :].any()
     assert torch.equal(cache.temporal, before) and (cache.intermediate_ssm[3:] == 7).all() and (cache.intermediate_ssm[:3] != 7).any()
 

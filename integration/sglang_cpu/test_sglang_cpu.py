@@ -314,15 +314,40 @@ def case():
     return make, random(9, HV, D, D) * 0.1
 
 
+def heads_of(mixed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v [1, tokens, heads, D] of packed tokens, as SGLang hands them over: views."""
+    parts = torch.split(mixed, [HQ * D, HQ * D, HV * D], -1)
+    return tuple(part.view(1, -1, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
+
+
+def verify(dispatcher, x: dict, states: torch.Tensor, table, starts, buffer: torch.Tensor, rows: torch.Tensor, steps: int) -> torch.Tensor:
+    """Verification of chains of ``steps`` tokens; ``rows``: SGLang's own rows of the ``buffer``."""
+    q, k, v = heads_of(x["mixed"])
+    return dispatcher.target_verify(
+        A_log=x["A_log"],
+        dt_bias=x["dt_bias"],
+        q=q,
+        k=k,
+        v=v,
+        a=x["a"],
+        b=x["b"],
+        ssm_states=states,
+        cache_indices=table,
+        query_start_loc=starts,
+        intermediate_states_buffer=buffer,
+        intermediate_state_indices=rows,
+        cache_steps=steps,
+        retrieve_parent_token=None,
+        stable_rows=False,
+    )
+
+
 def expected(x: dict, pool: torch.Tensor, cache: torch.Tensor, tokens: int, update_state: bool, intermediate=None) -> torch.Tensor:
     from moe_backend_plugin.gdn import reference as gdn
     from moe_backend_plugin.gdn.slots import PoolLayout, from_sglang
 
     rows = cache.shape[0]
-    q, k, v = (
-        part.reshape(rows, tokens, heads, D)
-        for part, heads in zip(torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1), (HQ, HQ, HV), strict=True)
-    )
+    q, k, v = (part.reshape(rows, tokens, -1, D) for part in heads_of(x["mixed"]))
     a, b = (x[name].view(rows, tokens, HV) for name in "ab")
     starts = torch.arange(0, rows * tokens + 1, tokens)
     table = from_sglang(cache, PoolLayout.of(pool), query_start_loc=starts)
@@ -342,9 +367,7 @@ def test_decode_through_the_dispatcher(published, case, is_packed):
         sizes = dict(scale=D**-0.5, num_v_heads=HV, head_v_dim=D)
         out = dispatcher.packed_decode(mixed_qkv=x["mixed"], a=x["a"], b=x["b"], **common, **sizes, replayssm_d=None)
     else:
-        parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
-        q, k, v = (part.view(1, 4, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
-        out = dispatcher.decode(q, k, v, x["a"], x["b"], **common, query_start_loc=torch.arange(5, dtype=torch.int32))
+        out = dispatcher.decode(*heads_of(x["mixed"]), x["a"], x["b"], **common, query_start_loc=torch.arange(5, dtype=torch.int32))
     torch.testing.assert_close(out, expected(x, theirs, cache, 1, True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert not out[0, [1, 3]].any() and torch.equal(ours[[0, 1, 2, 4, 5, 6, 7]], pool[[0, 1, 2, 4, 5, 6, 7]])
@@ -354,28 +377,11 @@ def test_verification_leaves_the_pool_and_fills_rows(published, case):
     make, pool = case
     dispatcher, steps, cache = new_dispatcher(), 3, torch.tensor([5, -1, 8], dtype=torch.int32)
     x = make(3 * steps)
-    parts = torch.split(x["mixed"], [HQ * D, HQ * D, HV * D], -1)
-    q, k, v = (part.view(1, 3 * steps, heads, D) for part, heads in zip(parts, (HQ, HQ, HV), strict=True))
     ours, theirs = torch.full((4, steps, HV, D, D), 7.0), torch.full((4, steps, HV, D, D), 7.0)
     states = pool.clone()
     assert dispatcher.target_verify_supports_strided_qkv(None)
-    out = dispatcher.target_verify(
-        A_log=x["A_log"],
-        dt_bias=x["dt_bias"],
-        q=q,
-        k=k,
-        v=v,
-        a=x["a"],
-        b=x["b"],
-        ssm_states=states,
-        cache_indices=cache,
-        query_start_loc=torch.arange(0, 10, steps, dtype=torch.int32),
-        intermediate_states_buffer=ours,
-        intermediate_state_indices=torch.arange(3, dtype=torch.int32),
-        cache_steps=steps,
-        retrieve_parent_token=None,
-        stable_rows=False,
-    )
+    starts, rows = torch.arange(0, 10, steps, dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    out = verify(dispatcher, x, states, cache, starts, ours, rows, steps)
     torch.testing.assert_close(out, expected(x, pool, cache, steps, False, theirs), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert torch.equal(states, pool) and (ours[1] == 7).all() and (ours[3] == 7).all()

@@ -218,11 +218,12 @@ def _machine(problem: MoEProblem, dtype: Any, first: int, edges_of: Callable[...
     import torch
 
     from moe_backend_plugin.device import FLASHINFER
+    from moe_backend_plugin.kernels.compile import shown
 
     check_gpu("tune", GPUS)
     capability, gpu = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
     if capability[0] != 9 and capability not in FLASHINFER:
-        raise InputError("tune", f"{gpu}, compute capability {'.'.join(map(str, capability))}", GPUS)
+        raise InputError("tune", f"{gpu}, compute capability {shown(capability)}", GPUS)
     from moe_backend_plugin.bench.tactics import BlackwellLayer, Layer
     from moe_backend_plugin.moe import blackwell, cuda, families
     from moe_backend_plugin.moe.tactic_cache import Kind

@@ -71,6 +71,7 @@ def _kernels(as_json: bool) -> None:
     from moe_backend_plugin.config import load_config
     from moe_backend_plugin.device import FLASHINFER
     from moe_backend_plugin.engines import experts
+    from moe_backend_plugin.kernels.compile import shown
     from moe_backend_plugin.moe import blackwell
 
     experts.use(load_config())
@@ -84,7 +85,7 @@ def _kernels(as_json: bool) -> None:
         elif capability == (9, 0):
             check_gpu("--kernels", "a GPU")
         else:
-            found = f"{name}, compute capability {'.'.join(map(str, capability))}"
+            found = f"{name}, compute capability {shown(capability)}"
             raise InputError("--kernels", found, "compute capability 9.0, 10.0 or 10.3, or a machine without a GPU")
     rows = list(self_check.rows(device))
     wrong = [row for row in rows if row.reason]
