@@ -28,16 +28,17 @@ PROMPTS, NEW_TOKENS = 64, 256
 BOUND = 0.005
 
 
-def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: bool, **engine: Any) -> dict:
-    """In a child: prompts from the standard library, their continuations, and the log-probabilities of these, or of both.
-
-    ``settings``: this package's; ``engine``: further arguments of vLLM's LLM class.
-    """
-    from vllm import LLM, SamplingParams
-
+def prompts_of(model: Path, tokens: int, count: int) -> list[list[int]]:
+    """So many prompts of so many tokens from the standard library."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
-    prompts = windows(load_tokenizer(model), standard_library("verification"), prompt_tokens, PROMPTS, per_file=2)
+    return windows(load_tokenizer(model), standard_library("verification"), tokens, count, per_file=2)
+
+
+def engine_of(model: Path, settings: dict, **further: Any) -> Any:
+    """vLLM's LLM class, decode through CUDA graphs; ``settings``: this package's; ``further``: arguments that come before these."""
+    from vllm import LLM
+
     arguments: dict[str, Any] = {
         "quantization": "nvfp4_cutedsl",
         "dtype": "bfloat16",
@@ -46,7 +47,18 @@ def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: boo
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
         "additional_config": {"moe_backend_plugin": settings},
     }
-    llm = LLM(str(model), **(arguments | engine))
+    return LLM(str(model), **(arguments | further))
+
+
+def generate(model: Path, prompt_tokens: int, settings: dict, score_prompts: bool, **engine: Any) -> dict:
+    """In a child: prompts from the standard library, their continuations, and the log-probabilities of these, or of both.
+
+    ``settings`` and ``engine`` as :func:`engine_of` takes them.
+    """
+    from vllm import SamplingParams
+
+    prompts = prompts_of(model, prompt_tokens, PROMPTS)
+    llm = engine_of(model, settings, **engine)
     sampling = SamplingParams(
         max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=0, prompt_logprobs=0 if score_prompts else None
     )

@@ -23,7 +23,19 @@ from itertools import chain
 from pathlib import Path
 
 import sglang_server
-from decoded_text import MODELS, NEW_TOKENS, PROMPTS, RESULTS, add_options, hand_back, measure, options_of, record, same_perplexity
+from decoded_text import (
+    MODELS,
+    NEW_TOKENS,
+    PROMPTS,
+    RESULTS,
+    add_options,
+    hand_back,
+    measure,
+    options_of,
+    prompts_of,
+    record,
+    same_perplexity,
+)
 from mixed_load import stop
 from sglang_checkpoint import loadable
 
@@ -58,10 +70,8 @@ def child(
     dtype: str,
 ) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
-    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
-
     model = MODELS / name
-    prompts = windows(load_tokenizer(model), standard_library("verification"), PROMPT_TOKENS, PROMPTS, per_file=2)
+    prompts = prompts_of(model, PROMPT_TOKENS, PROMPTS)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
         served = loadable(model, Path(folder))

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decoded_text import MODELS, RESULTS, hand_back, record, run_child
-from mixed_load import CACHE
+from decoded_text import MODELS, RESULTS, engine_of, hand_back, prompts_of, record, run_child
 from moe_text import NAMES
 
 from moe_backend_plugin.bench.moe import KERNELS
@@ -25,23 +24,11 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 64
 
 def child(model: str, linear: str) -> dict[str, list[list[int]]]:
     """The texts by what the engine did before: "start", "level 1", "level 2"."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
-
-    folder = MODELS / model
-    prompts = windows(load_tokenizer(folder), standard_library("verification"), PROMPT_TOKENS, PROMPTS, per_file=2)
+    prompts = prompts_of(MODELS / model, PROMPT_TOKENS, PROMPTS)
     settings = {"moe": {"provider": "cutedsl"}, "linear": {"provider": linear}}
-    llm = LLM(
-        str(folder),
-        quantization="nvfp4_cutedsl",
-        enable_sleep_mode=True,
-        enable_prefix_caching=False,
-        max_model_len=1024,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-        additional_config={"moe_backend_plugin": settings},
-        **CACHE,
-    )
+    llm = engine_of(MODELS / model, settings, enable_sleep_mode=True, enable_prefix_caching=False)
 
     def texts() -> list[list[int]]:
         sampling = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True)
