@@ -192,18 +192,21 @@ def _biases(name: str | None) -> Any:
 
 
 def _held(path: Path, problem: MoEProblem, tokens: Any, kind: Kind) -> dict[str, dict[str, Any]]:
-    """The buckets that a file has for the problem on this device, by their last number of tokens."""
+    """The buckets that a file has for the problem on this device, by their last number of tokens; without those that are damaged."""
     from moe_backend_plugin.moe import tactic_cache
 
+    def whole(last: str, bucket: Any) -> bool:
+        return last.isdecimal() and isinstance(bucket, dict) and "tactic" in bucket and isinstance(bucket.get("struck"), dict)
+
     found = tactic_cache.entry_of(path, problem, tokens, kind)
-    return {last: bucket for last, bucket in found["buckets"].items() if last.isdecimal() and isinstance(bucket, dict)} if found else {}
+    return {last: bucket for last, bucket in found["buckets"].items() if whole(last, bucket)} if found else {}
 
 
 def _struck(buckets: Mapping[str, dict[str, Any]], family: Family) -> dict[Tactic, str]:
     """What was struck out in any of these buckets, and why."""
     found = {}
     for last, bucket in buckets.items():
-        for name, reason in bucket.get("struck", {}).items():
+        for name, reason in bucket["struck"].items():
             with suppress(ValueError):  # a tactic that these kernels no longer have
                 found.setdefault(family.parse(name), reason if reason.startswith("at ") else f"at {last} tokens {reason}")
     return found

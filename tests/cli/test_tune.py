@@ -161,6 +161,18 @@ def test_a_resumed_run_remembers_what_was_struck_out(gpu, favourite, tmp_path):
     assert all(bucket["tactic"] != favourite for bucket in entry["buckets"].values())
 
 
+@pytest.mark.parametrize("damaged", [7, {"first": 1}, {"first": 1, "tactic": "t8", "struck": 3}], ids=str)
+def test_a_resumed_run_tunes_damaged_buckets_again(gpu, tmp_path, damaged):
+    out = tmp_path / "t.json"
+    assert run("qwen3-30b-a3b", "--max-tokens", 2, "--out", out).exit_code == 0
+    found = json.loads(out.read_text())
+    whole, found["entries"][0]["buckets"]["2"] = found["entries"][0]["buckets"]["2"], damaged
+    out.write_text(json.dumps(found))
+    result = run("qwen3-30b-a3b", "--max-tokens", 2, "--resume", "--out", out)
+    assert result.exit_code == 0 and "bucket 1 of 1, to 2 tokens" in result.stderr, result.output
+    assert json.loads(out.read_text())["entries"][0]["buckets"]["2"]["tactic"] == whole["tactic"]
+
+
 def test_a_forced_tactic_that_is_wrong(gpu, tmp_path):
     name = tactics.name(tiles.Choice(tiles.SOME, tiles.SOME))
     gpu.wrong = {name: "wrong"}
