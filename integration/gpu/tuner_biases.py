@@ -1,10 +1,12 @@
 """On a Hopper GPU: record what each known bias of tuners does to the times of tactics, for tests without a GPU to hold the biases off.
 
-    python integration/gpu/tuner_biases.py [--model qwen3-30b-a3b] [--tokens 8,64,512,8192,16384] [--rounds 5] [--seconds 540] [--out FILE]
+    python integration/gpu/tuner_biases.py [--model qwen3-30b-a3b] [--ep 1] [--tokens 8,64,512,8192,16384] [--rounds 5] [--seconds 540]
+        [--conditions unbiased,warm_l2] [--out FILE]
 
 For each number of tokens every candidate is timed ``--rounds`` times under the tuner's own conditions and under those of each bias (warm
-L2, random inputs, own allocations; the cap needs no times of its own: 16,384 tokens run what was tuned at 8,192). Writes JSON in the
-form that ``tests/moe/test_recorded_biases.py`` reads: rows of {tokens, condition, tactic, us: [...]}.
+L2, random inputs, own allocations; the cap needs no times of its own: 16,384 tokens run what was tuned at 8,192). ``--ep``: the layer of
+one of so many ranks, whose weights may fit in the L2 cache. Writes JSON in the form that ``tests/moe/test_recorded_biases.py`` reads: rows
+of {tokens, condition, tactic, us: [...]}.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +40,8 @@ CONDITIONS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
+    parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--conditions", default=",".join(CONDITIONS))
     parser.add_argument("--tokens", default="8,64,512,8192,16384")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=540, help="begin no number of tokens after so many seconds")
@@ -47,6 +51,8 @@ def main() -> None:
     device, name = torch.device("cuda", 0), torch.cuda.get_device_name()
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     problem = MODELS[options.model].problem
+    problem = replace(problem, num_local_experts=problem.num_local_experts // options.ep)
+    conditions_of = {condition: CONDITIONS[condition] for condition in options.conditions.split(",")}
     counts = [int(n) for n in options.tokens.split(",")]
     found = {tokens: tactics.candidates(problem, tokens, multiprocessors) for tokens in counts}
     # With a cap, a larger call runs what was tuned there, so that has to be timed as well.
@@ -61,7 +67,7 @@ def main() -> None:
             print(f"time is up: {tokens} tokens and more are missing", file=sys.stderr)
             break
         entrants = dict.fromkeys([*found[tokens], *(found.get(CAP, []) if tokens > CAP else [])])
-        for condition, fields in CONDITIONS.items():
+        for condition, fields in conditions_of.items():
             conditions = Conditions(tokens, **fields)
             case, times = layer.case(conditions), {tactic: [] for tactic in entrants}
             for _ in range(options.rounds):

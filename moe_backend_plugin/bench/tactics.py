@@ -18,13 +18,16 @@ from ..moe.problem import MoEProblem
 from ..moe.tuner import Conditions
 from .moe import RESERVE, random_checkpoint
 from .shared import expert_map
-from .timing import LAUNCHES, REPLAYS, Clock, capture
+from .timing import LAUNCHES, REPLAYS, Clock, Recorded, capture
 
 ROWS_COMPARED = 1024
 """Rows of the output that the reference computes; whether all are finite, and repeat bit for bit where the tactic can, is looked at on
 all of them."""
-LONG, FEW_REPLAYS = 2048, 6
-"""Calls above so many tokens are timed with two launches and fewer replays."""
+LONG = 1024
+"""Calls above so many tokens are timed with two launches."""
+VISIT = {"replays": 5, "warm_ups": 1, "sleep": 150_000}
+"""How often a tactic is replayed each time that it has its turn, and how long the GPU sleeps before: what is close is visited in many
+rounds, and since graphs are kept from one to the next a visit can be short."""
 
 
 class Layer:
@@ -120,16 +123,28 @@ class LayerCase:
             self.weights.append(weights.to(device))
             self.ids.append(ids.to(device))
         self.out = torch.empty_like(self.x[0])
-        self._graph: tuple[Tactic, torch.cuda.CUDAGraph] | None = None
+        self._alone: dict[tuple[Tactic, bool], torch.cuda.CUDAGraph] = {}
+        self._timed: dict[tuple[Tactic, bool], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
 
     def time(self, tactic: Tactic, conditions: Conditions) -> float:
         """Microseconds of one call. A tactic that is not preallocated takes its workspace anew, by hand, within the time."""
-        launch = partial(self._launch, tactic, conditions.cold_l2)
-        replays = FEW_REPLAYS if self.tokens > LONG else REPLAYS
+        cold = conditions.cold_l2
         if conditions.preallocated:
-            return self.layer.clock.time(launch, (), self.launches, replays=replays, cold=conditions.cold_l2)
+            graphs = Recorded(self._graph(self._alone, tactic, cold), self._graph(self._timed, tactic, cold), self.launches)
+            return self.layer.clock.replayed(graphs, cold=cold, **VISIT)
         size = self.layer.workspace_bytes(self.tokens, tactic)
-        return self._eager(lambda i: (torch.zeros(size, dtype=torch.uint8, device=self.layer.device), launch(i)), replays)
+        launch = partial(self._launch, tactic, cold)
+        return self._eager(lambda i: (torch.zeros(size, dtype=torch.uint8, device=self.layer.device), launch(i)))
+
+    def _graph(self, kept: dict[tuple[Tactic, bool], torch.cuda.CUDAGraph], tactic: Tactic, cold: bool) -> torch.cuda.CUDAGraph:
+        """The graph of the call that is compared, or of those that are timed; kept, since a tactic is asked for in many rounds."""
+        if (tactic, cold) not in kept:
+            launch = partial(self._launch, tactic, cold)
+            which = [self.launches] if kept is self._alone else range(self.launches)
+            launch(self.launches)  # whatever compiles or loads at a first call stays out of the capture
+            kept[tactic, cold] = capture(launch, which, self._pool)
+        return kept[tactic, cold]
 
     def _launch(self, tactic: Tactic, cold: bool, i: int) -> None:
         # The launch before the timed ones takes the first set; where the cache is to be warm, so do all.
@@ -137,10 +152,10 @@ class LayerCase:
         i = i if cold else 0
         self.layer.launch(number, self.x[i], self.weights[i], self.ids[i], self.out, tactic)
 
-    def _eager(self, launch: Callable[[int], object], replays: int) -> float:
+    def _eager(self, launch: Callable[[int], object]) -> float:
         """The median without a graph, as a tuner that allocates has to time."""
         times = []
-        for i in range(replays):
+        for i in range(REPLAYS):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             launch(i % self.launches)
@@ -151,12 +166,9 @@ class LayerCase:
 
     def replay(self, tactic: Tactic) -> Tensor:
         """The output [M, H] of a graph of one call, replayed into memory full of NaN; the next replay overwrites it."""
-        if self._graph is None or self._graph[0] != tactic:
-            self._graph = None
-            self._launch(tactic, True, self.launches)
-            self._graph = tactic, capture(lambda i: self._launch(tactic, True, i), [self.launches])
+        graph = self._graph(self._alone, tactic, True)
         self.out.fill_(float("nan"))
-        self._graph[1].replay()
+        graph.replay()
         torch.cuda.synchronize(self.layer.device)
         return self.out
 

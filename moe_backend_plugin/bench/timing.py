@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,6 +40,14 @@ def _copy(source, target, BLOCK: tl.constexpr):
     tl.store(target + offsets, tl.load(source + offsets))
 
 
+class Recorded(NamedTuple):
+    """Graphs of some launches, for :meth:`Clock.replayed`: the one before, and those that are timed."""
+
+    run_in: torch.cuda.CUDAGraph
+    timed: torch.cuda.CUDAGraph
+    launches: int
+
+
 class Clock:
     """Times launches on one device; holds the buffer that empties its L2 cache."""
 
@@ -62,25 +71,41 @@ class Clock:
 
         ``cold`` False leaves step 2 out: what the launches before left stays in the cache, which is what a tuner must not do.
         """
-        warm = list(warm)
+        return self.replayed(self.record(launch, launches), warm, replays=replays, cold=cold)
+
+    def record(self, launch: Callable[[int], object], launches: int = LAUNCHES) -> Recorded:
+        """The graphs of ``launch(i)``, i in 0 .. launches, to be timed as often as is wanted."""
         for i in range(launches + 1):  # whatever compiles or loads at a first call stays out of the capture
             launch(i)
-        run_in, graph = capture(launch, [launches]), capture(launch, range(launches))
+        return Recorded(capture(launch, [launches]), capture(launch, range(launches)), launches)
+
+    def replayed(
+        self,
+        graphs: Recorded,
+        warm: Iterable[torch.Tensor] = (),
+        *,
+        replays: int = REPLAYS,
+        warm_ups: int = WARM_UPS,
+        cold: bool = True,
+        sleep: int = SLEEP_CYCLES,
+    ) -> float:
+        """Microseconds a call of recorded launches: the median of ``replays``, after some that are not counted; ``sleep``: cycles."""
+        warm = list(warm)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
-        for _ in range(WARM_UPS + replays):
-            torch.cuda._sleep(SLEEP_CYCLES)
+        for _ in range(warm_ups + replays):
+            torch.cuda._sleep(sleep)
             if cold:
                 self._flush.sum()
             for tensor in warm:
                 tensor.sum()
-            run_in.replay()
+            graphs.run_in.replay()
             begin.record()
-            graph.replay()
+            graphs.timed.replay()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end))
-        return statistics.median(times[WARM_UPS:]) * 1e3 / launches
+        return statistics.median(times[warm_ups:]) * 1e3 / graphs.launches
 
     def empty_us(self) -> float:
         """Microseconds of a kernel that does nothing: what a launch costs."""
@@ -102,13 +127,13 @@ class Clock:
         return self._copies[count]
 
 
-def capture(launch: Callable[[int], object], which: Iterable[int]) -> torch.cuda.CUDAGraph:
-    """A graph of ``launch(i)`` for each i of ``which``."""
+def capture(launch: Callable[[int], object], which: Iterable[int], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+    """A graph of ``launch(i)`` for each i of ``which``. ``pool``: memory that graphs share of which one runs at a time."""
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # On the current stream where that can be: a kernel's workspace may belong to the stream that its first calls ran on.
     stream = torch.cuda.current_stream()
-    with torch.cuda.graph(graph, stream=None if stream == torch.cuda.default_stream() else stream):
+    with torch.cuda.graph(graph, pool, stream=None if stream == torch.cuda.default_stream() else stream):
         for i in which:
             launch(i)
     return graph

@@ -77,11 +77,14 @@ class Case(Protocol):
 @dataclass(frozen=True)
 class Options:
     """margin: what a tactic must be slower by to count as slower; twice of it is the most that a tie may cost. rounds: the fewest and the
-    most. hopeless: a tactic slower by this factor leaves after one round. replays: of each tactic when it is vetted."""
+    most. hopeless: a tactic slower by these factors leaves after one round, two, three. finalists: how many stay once the fewest rounds
+    are over, besides those that a tie would go to; what noise keeps from them is hardly faster than they are. replays: of each tactic
+    when it is vetted."""
 
     margin: float = 0.005
-    rounds: tuple[int, int] = (4, 20)
-    hopeless: float = 1.3
+    rounds: tuple[int, int] = (4, 40)
+    hopeless: tuple[float, ...] = (1.2, 1.1, 1.05)
+    finalists: int = 16
     replays: int = 3
     loads: Loads = "even"
     seed: int = 0
@@ -172,22 +175,33 @@ def race(
     watched = [tactic for tactic in prefer[:1] if tactic in logs]  # timed to the end, so that the gain over it is known
     number = 0
     tied = alive
+
+    def slower(tactic: Tactic, other: Tactic) -> tuple[float, float]:
+        """By how much, in logarithms: the interval."""
+        return interval([a - b for a, b in zip(logs[tactic], logs[other], strict=True)])
+
     while number < most:
         number += 1
         timed = list(dict.fromkeys([*alive, *watched]))
         for tactic in shuffle.sample(timed, len(timed)):
             logs[tactic].append(math.log(time(tactic)))
-        best = min(alive, key=lambda tactic: statistics.fmean(logs[tactic]))
-        if number == 1:
-            alive = [tactic for tactic in alive if logs[tactic][0] <= logs[best][0] + math.log(options.hopeless)]
+        means = {tactic: statistics.fmean(logs[tactic]) for tactic in alive}
+        best = min(alive, key=means.__getitem__)
+        if number <= len(options.hopeless):
+            alive = [tactic for tactic in alive if means[tactic] <= means[best] + math.log(options.hopeless[number - 1])]
             tied = alive
         if len(alive) > 1 and number < fewest:
             continue
-        spans = {tactic: interval([a - b for a, b in zip(logs[tactic], logs[best], strict=True)]) for tactic in alive if tactic != best}
+        if number == fewest:
+            first = sorted(alive, key=means.__getitem__)[: options.finalists]
+            alive = [tactic for tactic in alive if tactic in first or tactic in prefer]
+        spans = {tactic: slower(tactic, best) for tactic in alive if tactic != best}
         alive = [tactic for tactic in alive if tactic == best or spans[tactic][0] <= margin]
         # What is within twice the margin for sure is a tie; the others may be either, and run on.
         tied = [tactic for tactic in alive if tactic == best or spans[tactic][1] <= 2 * margin]
-        if len(tied) == len(alive):
+        # Where nobody can be faster than the one that ties go to, by more than a tie may cost, the others' places change nothing.
+        leader = next((tactic for tactic in prefer if tactic in alive), None)
+        if len(tied) == len(alive) or (leader and all(slower(leader, tactic)[1] <= 2 * margin for tactic in alive if tactic != leader)):
             break
     else:
         # Still in doubt: the heuristic keeps its place, nobody else gains one.
@@ -333,7 +347,7 @@ def _bucket(
         found = f"all {len(entrants)} tactics struck out, the heuristic's because: {vetted[heuristic].reason}"
         raise Struck(f"{tokens} tokens: {found}")
     if forced is not None:
-        result = race(alive, time, [forced], replace(options, hopeless=math.inf), seed, family)
+        result = race(alive, time, [forced], replace(options, hopeless=()), seed, family)
         result = result._replace(winner=forced)
     else:
         prefer = [tactic for tactic in (heuristic, before) if tactic is not None]
@@ -341,7 +355,7 @@ def _bucket(
         if len(alive) > 1:
             once = race(alive, time, prefer, replace(options, rounds=(1, 1)), seed, family)
             times |= once.times
-            alive = [t for t in alive if t == heuristic or times[t] <= options.hopeless * min(times.values())]
+            alive = [t for t in alive if t == heuristic or times[t] <= options.hopeless[0] * min(times.values())]
             alive += right(family.crossed(times))
         result = race(alive, time, prefer, options, seed + 1, family)
         result = result._replace(times=times | result.times)

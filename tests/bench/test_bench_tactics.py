@@ -18,7 +18,7 @@ from moe_backend_plugin.moe.tuner import Conditions
 from moe_backend_plugin.nvfp4 import hopper
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "moe"))
-from tuner_cases import Clock, without_a_gpu  # noqa: E402
+from tuner_cases import Clock, Graph, without_a_gpu  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -65,18 +65,31 @@ def test_outputs_are_those_of_the_reference(calls, problem, first, tokens):
     rows, right = case.reference()
     assert rows.tolist() == list(range(tokens)) and right.dtype == torch.float32 and right.abs().sum() > 0
     assert 0.01 < right.norm(dim=1).max() / problem.hidden**0.5 < 100  # of about the inputs' size
-    case._launch = lambda *_: None
+    case._launch = lambda *_: None  # no graph of this one is kept
     assert "not finite" in tuner.vet(case, found[1], 3).reason  # memory was full of NaN
 
 
 def test_each_launch_has_inputs_and_weights_of_its_own(calls):
     one, found = layer(*PROBLEMS["all"])
     case = one.case(Conditions(4))
-    assert case.time(found[2], Conditions(4)) == 5.0 and one.clock.asked == [(8, 20, True)]
+    assert case.time(found[2], Conditions(4)) == 5.0 and one.clock.asked == [(8, 5, 1, True)]
     assert len({x for x, _, _ in calls}) == len({w for _, w, _ in calls}) == 9 and {choice for *_, choice in calls} == {found[2]}
     calls.clear()
     case.time(found[2], Conditions(4, cold_l2=False))
-    assert one.clock.asked[-1] == (8, 20, False) and len({(x, w) for x, w, _ in calls}) == 1
+    assert one.clock.asked[-1] == (8, 5, 1, False) and len({(x, w) for x, w, _ in calls}) == 1
+
+
+def test_graphs_are_kept_from_one_visit_to_the_next(calls, monkeypatch):
+    monkeypatch.setattr(Graph, "captured", 0)
+    one, found = layer(*PROBLEMS["all"])
+    case = one.case(Conditions(4))
+    assert tuner.vet(case, found[0], 3).reason is None and Graph.captured == 1
+    for _ in range(3):
+        case.time(found[0], Conditions(4))
+    assert Graph.captured == 2
+    case.time(found[1], Conditions(4))
+    case.time(found[0], Conditions(4, cold_l2=False))
+    assert Graph.captured == 6
 
 
 def test_one_arena_holds_every_tactic(calls):
@@ -103,7 +116,7 @@ def test_a_layer_that_the_kernels_do_not_serve(calls):
 def test_a_whole_run(calls, monkeypatch):
     all_candidates = tactics.candidates
     monkeypatch.setattr(tactics, "candidates", lambda *arguments: all_candidates(*arguments)[:3])
-    monkeypatch.setattr(Clock, "time", lambda self, launch, *_, **__: launch(0) or 5.0)
+    monkeypatch.setattr(Clock, "replayed", lambda *_, **__: 5.0)
     problem, first = PROBLEMS["rank 2 of 4"]
     one, _ = layer(problem, first, 4)
     found = list(tuner.tune(problem, 4, 132, one.case))

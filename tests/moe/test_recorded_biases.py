@@ -47,6 +47,11 @@ class Recording:
             self.times.setdefault((row["tokens"], row["condition"]), {})[row["tactic"]] = row["us"]
         self.tokens = sorted({tokens for tokens, _ in self.times})
         self.asked: set[str] = set()
+        self.recorded = {condition for _, condition in self.times}
+
+    def shows(self, bias: str) -> bool:
+        """Whether times were recorded under the conditions of a bias; the cap has no conditions of its own."""
+        return bias == "capped_at" or bias in self.recorded
 
     @staticmethod
     def condition(conditions: Conditions) -> str:
@@ -142,6 +147,8 @@ def test_by_default_every_time_is_taken_without_bias_and_the_choice_is_the_faste
 
 def losses(recording: Recording, bias: str) -> dict[int, float]:
     """Of the calls that a bias lets run otherwise, by number of tokens: how much longer they take for it, as a part."""
+    if not recording.shows(bias):
+        return {}
     right, biased = recording.choices(Options().biases), recording.choices(BIASES[bias])
     changed = [tokens for tokens in right if biased[tokens] != right[tokens]]
     return {tokens: recording.mean(tokens, biased[tokens]) / recording.mean(tokens, right[tokens]) - 1 for tokens in changed}

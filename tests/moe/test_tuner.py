@@ -36,7 +36,7 @@ def race(times: dict[Choice, float], noise: float = 0.0, prefer=(), seed: int = 
 
 
 def test_the_fastest_wins_without_noise_after_the_fewest_rounds():
-    found, gpu = race({A: 10.0, B: 9.8, C: 12.0})
+    found, gpu = race({A: 10.0, B: 9.8, C: 10.2})
     assert found.winner == B and found.rounds == 4 and found.times[B] == pytest.approx(9.8) and found.tied == (B,)
     assert [tactic for tactic, _ in gpu.timed].count(C) == 4
 
@@ -44,6 +44,27 @@ def test_the_fastest_wins_without_noise_after_the_fewest_rounds():
 def test_hopeless_tactics_are_timed_once():
     found, gpu = race({A: 10.0, B: 14.0})
     assert found.winner == A and [tactic for tactic, _ in gpu.timed].count(B) == 1
+
+
+def test_few_stay_for_the_last_rounds_and_who_would_win_a_tie_among_them():
+    found = tactics.candidates(QWEN, 64, MULTIPROCESSORS)[:20]
+    times = {tactic: 10.0 + 0.015 * i for i, tactic in enumerate(found)}
+    first, gpu = race(times, noise=0.02, prefer=(found[-1], found[-2]), options=Options(finalists=3))
+    counts = [[tactic for tactic, _ in gpu.timed].count(tactic) for tactic in found]
+    late = [tactic for tactic, count in zip(found, counts, strict=True) if count > 4]
+    assert first.rounds > 5 and len(late) <= 5 and {found[-1], found[-2]} <= {*late, first.winner}
+
+
+def test_a_race_ends_once_the_heuristic_is_known_to_win_it():
+    """Whether C is a tie too stays in doubt for long, and changes nothing."""
+    quick, _ = race({A: 10.0, B: 10.0, C: 10.1}, noise=0.004, prefer=(A,))
+    slow, _ = race({A: 10.0, B: 10.0, C: 10.1}, noise=0.004, prefer=(D,))
+    assert quick.winner == A and quick.rounds < slow.rounds
+
+
+def test_the_slower_a_tactic_the_sooner_it_leaves():
+    found, gpu = race({A: 10.0, B: 10.7, C: 11.5, D: 12.5})
+    assert found.winner == A and [[tactic for tactic, _ in gpu.timed].count(one) for one in (B, C, D)] == [3, 2, 1]
 
 
 def test_a_tie_goes_to_the_heuristic_then_to_the_bucket_before_then_by_name():
@@ -60,8 +81,8 @@ def test_noise_takes_more_rounds_until_the_interval_separates():
 
 
 def test_what_stays_in_doubt_stays_with_the_heuristic():
-    found, gpu = race({A: 10.0, B: 9.9}, noise=0.2, prefer=(A,), options=Options(hopeless=math.inf))
-    assert found.winner == A and found.rounds == 20 and len(gpu.timed) == 40
+    found, gpu = race({A: 10.0, B: 9.9}, noise=0.2, prefer=(A,), options=Options(hopeless=()))
+    assert found.winner == A and found.rounds == 40 and len(gpu.timed) == 80
 
 
 def test_orders_are_random_but_the_same_with_the_same_seed():

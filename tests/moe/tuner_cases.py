@@ -109,15 +109,18 @@ class Clock:
     def __init__(self, device):
         self.asked = []
 
-    def time(self, launch, warm, launches, *, replays, cold):
-        self.asked.append((launches, replays, cold))
-        for i in range(launches + 1):
-            launch(i)
+    def replayed(self, graphs, *, cold, replays, warm_ups, sleep):
+        self.asked.append((graphs.launches, replays, warm_ups, cold))
+        graphs.run_in.replay()
+        graphs.timed.replay()
         return 5.0
 
 
 class Graph:
-    def __init__(self, launch, which):
+    captured = 0
+
+    def __init__(self, launch, which, pool):
+        Graph.captured += 1
         self.replay = lambda: [launch(i) for i in which]
 
 
@@ -125,6 +128,7 @@ def without_a_gpu(monkeypatch, bench) -> None:
     """The module ``bench.tactics`` runs on the CPU: nothing is timed, graphs are calls, and memory is what a small layer needs."""
     monkeypatch.setattr(bench, "Clock", Clock)
     monkeypatch.setattr(bench, "capture", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(bench, "RESERVE", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 1 << 30))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
