@@ -87,8 +87,10 @@ USES: list[Use] = [
     *attributes(
         GDN,
         "in_proj_qkvz in_proj_ba conv1d A_log dt_bias kv_cache num_k_heads num_v_heads head_k_dim head_v_dim key_dim value_dim "
-        "tp_size activation prefix gqa_interleaved_layout _forward_method num_spec enable_fused_gdn_spec_decode",
+        "tp_size activation prefix gqa_interleaved_layout _forward_method num_spec enable_fused_gdn_spec_decode norm",
     ),
+    Use(f"{GDN}._rms_norm_gated_cuda", Call(3)),
+    *attributes(f"{LAYERS}.layernorm.RMSNormGated", "weight eps activation norm_before_gate group_size bias"),
     Use(f"{GDN}.get_state_dtype", Call(0)),
     # Exchanged while a batch with prefills runs: who calls it there does so by this module's name.
     Use(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from typing import Any
 
 import torch
@@ -77,14 +76,15 @@ class Layer:
     norm_weight: torch.dtype = torch.bfloat16
 
     def variants(self, *, speculative: bool, verify: bool = False) -> Iterator[Variant]:
-        """Every variant that a server of this model can launch: one token a row, and with drafts, accepted rows.
+        """Every variant that a server of this model can launch: one token a row, with the norm and without, and with drafts, accepted rows.
 
         ``verify``: drafts whose states go to an intermediate buffer, and no slot is written (SGLang).
         """
-        modes = [{}] + ([{"ragged": True, "write": "each", "accepted": True}] if speculative else [])
-        modes += [{"ragged": True, "write": "none", "intermediate": True}] if verify else []
-        layers = [replace(self, norm="")] + ([self] if self.norm else [])
-        for mode, layer in product(modes, layers):
+        plain = replace(self, norm="")
+        modes = [(plain, {}), *([(self, {})] if self.norm else [])]
+        modes += [(plain, {"ragged": True, "write": "each", "accepted": True})] if speculative else []
+        modes += [(plain, {"ragged": True, "write": "none", "intermediate": True})] if verify else []
+        for layer, mode in modes:
             for tile in tiles(self.state.itemsize, "ragged" in mode):
                 yield layer.variant(tile, **mode)
 

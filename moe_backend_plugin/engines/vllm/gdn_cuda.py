@@ -12,12 +12,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as vllm_gdn
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+from vllm.utils.torch_utils import LayerNameType, _resolve_layer_name, direct_register_custom_op
 from wrapt import wrap_function_wrapper
 
 from ...gdn import cuda
@@ -44,28 +46,65 @@ def unsupported_reason(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: 
     )
 
 
-def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> None:
-    """Compile or load every kernel that this layer can launch, before the first request."""
+NORM_WORK = 64
+"""Rows x value heads up to which the decode kernel's own norm costs less than a launch behind it (integration/bench/NOTES.md)."""
+GATED = "moe_backend_plugin_gdn_gated"
+
+
+def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> bool:
+    """Compile or load every kernel that this layer can launch, before the first request; returns whether its gated norm is among them,
+    and so belongs to the op that ``core_gated`` serves."""
     kernels.use_cache_folder(plugin_config().kernel_cache)
+    gated = _norm_can_be_folded(layer, vllm_config)
     # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in. It is of the traced graph.
-    if layer.enable_fused_gdn_spec_decode:
+    if layer.enable_fused_gdn_spec_decode or gated:
         layer.enable_fused_gdn_spec_decode = False
         name_graphs("gated-delta-net layers", "cutedsl")
+    splitting = vllm_config.compilation_config.splitting_ops
+    if gated and splitting and f"vllm::{GATED}" not in splitting:
+        # As vLLM's own op: what it does depends on a batch's metadata, so no piece of a graph may hold it.
+        splitting.append(f"vllm::{GATED}")
+    norm = layer.norm
     kinds = cuda.Layer(
         state=layer.get_state_dtype()[1],
         tokens=vllm_config.model_config.dtype,
         bias=layer.dt_bias.dtype,
         heads_per_group=layer.num_v_heads // layer.num_k_heads,
+        **({"norm": norm.activation, "norm_weight": norm.weight.dtype} if gated else {}),
     )
     device = torch.device("cuda", torch.accelerator.current_device_index())
     if compiled := cuda.prepare(kinds, device, speculative=layer.num_spec > 0):
         logger.info_once("Compiled %d gated-delta-net kernels; they are kept in %s", compiled, str(kernels.cache_folder()))
+    return gated
 
 
-def step(layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> bool:
-    """Serve a batch that is all decode rows; False, and nothing done, for any other."""
+def _norm_can_be_folded(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> bool:
+    """Whether the layer's norm is the kernel's, and nothing that vLLM would fuse it with is lost."""
+    norm = layer.norm
+    return (
+        norm.activation in ("silu", "sigmoid")
+        and norm.norm_before_gate
+        and norm.group_size in (None, layer.head_v_dim)
+        and norm.bias is None
+        and norm.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not vllm_config.compilation_config.pass_config.fuse_norm_quant
+    )
+
+
+def _metadata(layer: Any) -> Any:
+    """Of the batch that is run, for this layer; None while vLLM measures its memory."""
     attn_metadata = get_forward_context().attn_metadata
-    m = attn_metadata.get(layer.prefix) if isinstance(attn_metadata, dict) else None
+    return attn_metadata.get(layer.prefix) if isinstance(attn_metadata, dict) else None
+
+
+def step(
+    layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, out: torch.Tensor, gate: torch.Tensor | None = None
+) -> bool:
+    """Serve a batch that is all decode rows; False, and nothing done, for any other.
+
+    ``gate`` [tokens, HV, V]: ``out`` gets the gated norm of the result.
+    """
+    m = _metadata(layer)
     if m is None or m.num_prefills > 0:
         return False
     tokens = m.num_actual_tokens
@@ -82,14 +121,45 @@ def step(layer: Any, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, 
             max_query_len=slots.shape[1],
         )
         _decode_drafts(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], slots, starts, accepted, out)
-        return True
-    if m.spec_sequence_masks is None and m.num_decodes > 0:
+    elif m.spec_sequence_masks is None and m.num_decodes > 0:
         # One token a row; under a full CUDA graph the rows past the last request hold the null slot.
         slots = m.non_spec_state_indices_tensor[:tokens]
         x = _convolve(layer, mixed_qkv, conv_state_indices=slots)
-        cuda.decode(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], _side_by_side(slots), out)
-        return True
-    return False
+        folded, norm = gate is not None and tokens * out.shape[1] <= NORM_WORK, {}
+        if folded:
+            norm = {
+                "gate": gate[:tokens],
+                "norm_weight": layer.norm.weight,
+                "norm_eps": layer.norm.eps,
+                "activation": layer.norm.activation,
+            }
+        cuda.decode(x, a, b, layer.A_log, layer.dt_bias, layer.kv_cache[1], _side_by_side(slots), out, **norm)
+        if folded:
+            return True
+    else:
+        return False
+    if gate is not None:
+        normalise(layer, out, gate)
+    return True
+
+
+def normalise(layer: Any, out: torch.Tensor, gate: torch.Tensor) -> None:
+    """vLLM's gated norm of the batch's tokens, in place."""
+    m = _metadata(layer)
+    if m is not None:
+        out, gate = out[: m.num_actual_tokens], gate[: m.num_actual_tokens]
+        layer._rms_norm_gated_cuda(out, gate, out)
+
+
+@eager_break_during_capture
+def _gated(
+    mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, z: torch.Tensor, out: torch.Tensor, layer_name: LayerNameType
+) -> None:
+    layer = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    layer.core_gated(mixed_qkv, b, a, z, out)
+
+
+direct_register_custom_op(op_name=GATED, op_func=_gated, mutates_args=["out"])
 
 
 @contextmanager
