@@ -11,8 +11,9 @@ RUN pip install --no-cache-dir --no-deps /src/moe-backend-plugin \
  && moe-backend config show \
  && rm -rf /src/moe-backend-plugin
 
-# Compiled kernels: on a volume, a restarted container compiles nothing.
+# Compiled kernels, SGLang's own too (of Marlin they take minutes): on a volume, a restarted container compiles nothing.
 ENV MOE_BACKEND_PLUGIN_KERNEL_CACHE=/var/cache/moe-backend-plugin
+ENV SGLANG_JIT_CACHE_DIR=/var/cache/moe-backend-plugin/sglang
 VOLUME /var/cache/moe-backend-plugin
 
 ENTRYPOINT ["sglang", "serve", "--moe-backend", "cutedsl"]

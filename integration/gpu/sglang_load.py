@@ -47,10 +47,15 @@ def main() -> None:
     options.add_argument("--model", choices=sglang_server.MODELS, default=sglang_server.MODELS[0])
     options.add_argument("--attention-backend", default="triton")
     options.add_argument("--sampling-backend", default="pytorch")
+    options.add_argument("--gpus", type=int, default=1, help="tensor parallel over so many")
+    sglang_server.add_options(options)
     arguments = options.parse_args()
     model, provider = MODELS / arguments.model, arguments.provider
     further = ["--attention-backend", arguments.attention_backend, "--sampling-backend", arguments.sampling_backend]
-    further += ["--dtype", arguments.dtype]
+    columns = {"gpus": arguments.gpus, "state_dtype": arguments.state_dtype, "dp_attention": arguments.dp_attention}
+    further += ["--dtype", arguments.dtype, *sglang_server.further_of(model.name, **columns)]
+    if not sglang_server.has_states(model.name):
+        columns["state_dtype"] = None
 
     scratch = tempfile.TemporaryDirectory()
 
@@ -61,7 +66,7 @@ def main() -> None:
             raise SystemExit(f"{arguments.log} does not say: {', '.join(unsaid)}")
         return server
 
-    record(arguments, model, {}, serve, RadixClient.connect, __file__, (*KERNELS, "gdn_decode"), cached=True)
+    record(arguments, model, columns, serve, RadixClient.connect, __file__, (*KERNELS, "gdn_decode"), cached=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from mixed_load import free_port, stop
 PORT = free_port()
 START_SECONDS = 420
 MODELS = ("pycoder-moe-nvfp4", "pycoder-next-nvfp4")
+GDN_SAID = "Gated-delta-net decode is served by"
 SAID = {"pycoder-moe-nvfp4": ("NVFP4 moe layers are served by",)}
-SAID["pycoder-next-nvfp4"] = (*SAID["pycoder-moe-nvfp4"], "Gated-delta-net decode is served by")
+SAID["pycoder-next-nvfp4"] = (*SAID["pycoder-moe-nvfp4"], GDN_SAID)
 """What the log of a server with this package's kernels says."""
 
 
@@ -29,7 +31,7 @@ def provider_arguments(provider: str, model: str) -> list[str]:
     """Who runs experts and gated-delta-net decode: "cutedsl" (this package) or "sglang" (its own: Marlin and Triton)."""
     ours = provider == "cutedsl"
     found = ["--moe-runner-backend", "cutedsl" if ours else "marlin"]
-    if "next" in model:
+    if has_states(model):
         found += ["--linear-attn-decode-backend", "cutedsl_plugin" if ours else "triton"]
     return found
 
@@ -40,7 +42,7 @@ def command(model: Path, provider: str, further: Sequence[str] = ()) -> list[str
     found += ["--context-length", "1024", "--max-running-requests", "256", "--chunked-prefill-size", "16384"]
     # SGLang counts what other processes take while it starts as its own: a large share, of which it may use little.
     found += ["--mem-fraction-static", "0.8", "--max-total-tokens", "1000000"]
-    found += ["--max-mamba-cache-size", "4096"] if "next" in model.name else []
+    found += ["--max-mamba-cache-size", "4096"] if has_states(model.name) else []
     # A few sizes of graphs: for prefill SGLang would capture dozens.
     for phase, sizes in (("decode", (1, 2, 4, 8, 16, 32, 64, 128, 256)), ("prefill", (64, 512, 4096))):
         found += [f"--cuda-graph-bs-{phase}", *map(str, sizes)]
@@ -53,6 +55,26 @@ def drafting(drafts: int) -> list[str]:
         return []
     found = ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(drafts + 1)]
     return [*found, "--speculative-ngram-max-bfs-breadth", "1"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What only SGLang is asked for."""
+    parser.add_argument("--state-dtype", choices=["float32", "bfloat16"], help="of gated-delta-net states; without it, the model's own")
+    parser.add_argument("--dp-attention", action="store_true", help="with --gpus: each has attention for requests of its own")
+
+
+def further_of(model: str, gpus: int, state_dtype: str | None, dp_attention: bool) -> list[str]:
+    """The server's arguments for them. Raises SystemExit on data parallel attention of one GPU."""
+    if dp_attention and gpus < 2:
+        raise SystemExit(f"--dp-attention: found --gpus {gpus}; allowed: 2 or more")
+    found = ["--tp-size", str(gpus)]
+    found += ["--enable-dp-attention", "--dp-size", str(gpus)] if dp_attention else []
+    return found + (["--mamba-ssm-dtype", state_dtype] if state_dtype and has_states(model) else [])
+
+
+def has_states(model: str) -> bool:
+    """Whether a model has gated-delta-net layers."""
+    return "next" in model
 
 
 def start(model: Path, provider: str, log: Path, *further: str) -> subprocess.Popen:
@@ -73,6 +95,12 @@ def missing(log: Path, model: str, provider: str) -> list[str]:
     """What the log should say of this package's kernels and does not."""
     text = log.read_text(errors="replace")
     return [words for words in SAID[model] if words not in text] if provider == "cutedsl" else []
+
+
+def gdn_line(log: Path) -> str | None:
+    """What the log says of who decodes in gated-delta-net layers and who verifies drafts, if it does."""
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line[line.index(GDN_SAID) :] for line in lines if GDN_SAID in line), None)
 
 
 def payload(prompt: Sequence[int], tokens: int, *, tops: int = 0, score_prompt: bool = False, stream: bool = False) -> dict[str, Any]:

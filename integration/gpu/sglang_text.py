@@ -18,7 +18,7 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -48,6 +48,9 @@ BOUND_LENGTH = 16
 IN_VLLM = {"cutedsl": "plugin", "sglang": "vllm"}
 """moe_text.py's name of the same experts; SGLang's own and vLLM's are both Marlin."""
 
+VERIFIED = "verification of drafts: this package's"
+"""What the log says where gated-delta-net layers verify on this package's kernel."""
+
 
 async def ask(prompts: Sequence[Sequence[int]]) -> dict:
     """All prompts at once, in the form of ``decoded_text.generate``."""
@@ -68,6 +71,8 @@ def child(
     gpus: int,
     expert_parallel: bool,
     dtype: str,
+    state_dtype: str | None,
+    dp_attention: bool,
 ) -> dict:
     """Serve a model and ask; the server's log goes to the parent, which looks in it for who served the layers."""
     model = MODELS / name
@@ -76,7 +81,7 @@ def child(
         log = Path(folder) / "server.log"
         served = loadable(model, Path(folder))
         further = ["--attention-backend", attention_backend, "--sampling-backend", sampling_backend]
-        further += ["--tp-size", str(gpus), "--dtype", dtype]
+        further += ["--dtype", dtype, *sglang_server.further_of(name, gpus, state_dtype, dp_attention)]
         further += ["--ep-size", str(gpus)] if expert_parallel else []
         further += ["--enable-fp32-lm-head"] if fp32_logits else []
         further += sglang_server.drafting(drafts)
@@ -88,6 +93,7 @@ def child(
             print(log.read_text(errors="replace"))
         if unsaid := sglang_server.missing(log, name, provider):
             raise SystemExit(f"the log does not say: {', '.join(unsaid)}")
+        found["gdn_line"] = sglang_server.gdn_line(log)
     return found
 
 
@@ -105,9 +111,16 @@ def as_vllm(found: dict, stored: dict, provider: str) -> dict[str, int]:
     return (equal("as_vllm", found["texts"], stored[IN_VLLM[provider]]) if IN_VLLM[provider] in stored else {}) | in_vllm
 
 
+def with_gdn_line(row: dict) -> dict:
+    """Who decodes and who verifies drafts is a second line of the log, and part of the same column."""
+    said = [part for part in (row["served_by"], row["gdn_line"]) if part]
+    return {name: value for name, value in row.items() if name != "gdn_line"} | {"served_by": "; ".join(said) or None}
+
+
 def within(row: dict) -> bool:
     """The bounds of a row."""
-    served = row["provider"] != "cutedsl" or (row["served_by"] or "").startswith("cutedsl")
+    said, verifies = row["served_by"] or "", row["drafts"] and sglang_server.has_states(row["model"])
+    served = row["provider"] != "cutedsl" or said.startswith("cutedsl") and (not verifies or VERIFIED in said)
     return same_perplexity(row) and served and row.get(f"as_vllm_{BOUND_LENGTH}", ENOUGH) >= ENOUGH
 
 
@@ -120,6 +133,7 @@ def main() -> None:
     parser.add_argument("--vllm-texts", type=Path)
     parser.add_argument("--drafts", type=int, default=0, help="n-gram drafts a step, in a chain: GDN verifies them in one call")
     add_options(parser)
+    sglang_server.add_options(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "sglang_text_h200.json")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -128,12 +142,18 @@ def main() -> None:
         hand_back(child(name, **json.loads(run)))
         return
     stored = json.loads(arguments.vllm_texts.read_text()) if arguments.vllm_texts else {}
-    backends = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
-    runs = [{"provider": provider, **backends, "drafts": arguments.drafts, **options_of(arguments)} for provider in arguments.providers]
+    columns = {"attention_backend": arguments.attention_backend, "sampling_backend": arguments.sampling_backend}
+    columns |= {"drafts": arguments.drafts, **options_of(arguments), "dp_attention": arguments.dp_attention}
 
-    def rows(name: str):
-        more = (lambda found, run: as_vllm(found, stored[name], run["provider"])) if name in stored else None
-        return measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by", more=more)
+    def rows(name: str) -> Iterator[dict]:
+        state_dtype = arguments.state_dtype if sglang_server.has_states(name) else None
+        runs = [{"provider": provider, **columns, "state_dtype": state_dtype} for provider in arguments.providers]
+
+        def more(found: dict, run: dict) -> dict:
+            return {"gdn_line": found["gdn_line"], **(as_vllm(found, stored[name], run["provider"]) if name in stored else {})}
+
+        for row in measure(__file__, MODELS / name, runs, said="NVFP4 moe layers are served by", more=more):
+            yield with_gdn_line(row)
 
     record(
         chain.from_iterable(map(rows, arguments.models)),

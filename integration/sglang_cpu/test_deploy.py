@@ -19,11 +19,12 @@ def in_the_chart() -> str:
     return yaml.safe_load((DEPLOY / "helm/sglang-app-template.yaml").read_text())["configMaps"]["config"]["data"]["sglang.yaml"]
 
 
-def beside_them() -> str:
-    return (DEPLOY / "sglang-hopper.yaml").read_text()
+# Every one: tests/deploy takes these names for read.
+BESIDE_THEM = sorted(DEPLOY.glob("sglang-*.yaml"))
+SOURCES = [*(pytest.param(file.read_text, id=file.name) for file in BESIDE_THEM), in_the_manifest, in_the_chart]
 
 
-@pytest.mark.parametrize("source", [beside_them, in_the_manifest, in_the_chart])
+@pytest.mark.parametrize("source", SOURCES)
 def test_sglang_reads_its_configurations(sglang, tmp_path, source):
     """Every value arrives under its own name, the alias under the name it stands for."""
     file = tmp_path / "sglang.yaml"
@@ -38,7 +39,7 @@ def test_sglang_reads_its_configurations(sglang, tmp_path, source):
 
 def test_a_misspelt_setting_is_refused(sglang, tmp_path, capsys):
     file = tmp_path / "sglang.yaml"
-    file.write_text(beside_them() + "moe-bakend: cutedsl\n")
+    file.write_text(BESIDE_THEM[0].read_text() + "moe-bakend: cutedsl\n")
     with pytest.raises(SystemExit):
         sglang.prepare_server_args(["--model-path", "m", "--config", str(file)])
     assert "moe-bakend" in capsys.readouterr().err

@@ -16,11 +16,13 @@ from .test_sglang_cpu import HQ, HV, D, expected, verify
 SLOTS, LAYERS, STEPS = 6, 2, 3
 
 
-@pytest.fixture
-def pool(published):
-    """Room for six requests and their drafts, every slot with a state of its own."""
+@pytest.fixture(params=["float32", "bfloat16"])
+def pool(published, request, monkeypatch):
+    """Room for six requests and their drafts, every slot with a state of its own; the types are those of ``--mamba-ssm-dtype``."""
     from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
     from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
+
+    monkeypatch.setenv("SGLANG_MAMBA_SSM_DTYPE", request.param)  # what SGLang itself does with that flag
 
     sizes = dict(intermediate_size=HV * D, n_groups=HQ, num_heads=HV, head_dim=D, state_size=D, conv_kernel=4)
     found = HybridReqToTokenPool(
@@ -35,6 +37,7 @@ def pool(published):
         enable_mamba_extra_buffer=False,
         speculative_num_draft_tokens=STEPS,
     )
+    assert found.mamba_pool.mamba_cache.temporal.dtype is getattr(torch, request.param)
     found.mamba_pool.mamba_cache.temporal.normal_(std=0.1, generator=torch.Generator().manual_seed(5))
     return found
 
@@ -49,6 +52,12 @@ def backend(pool, published):
     backends = SimpleNamespace(decode=LinearAttnKernelBackend("cutedsl_plugin"), prefill=triton, verify=None)
     runner = dict(server_args=published, device="cpu", is_draft_worker=False, req_to_token_pool=pool, token_to_kv_pool=None)
     return GDNAttnBackend(SimpleNamespace(**runner, linear_attn_backends=backends))
+
+
+def assert_same_states(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Up to what sums in another order change: of bfloat16, a last bit."""
+    bound = 1e-4 if ours.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=1e-4)
 
 
 def requests(pool) -> torch.Tensor:
@@ -94,7 +103,7 @@ def test_decode_of_a_padded_graph(pool, backend):
     )
     theirs = before[1].clone()
     torch.testing.assert_close(out, expected(x, theirs, table, 1, True), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(states, theirs, rtol=1e-4, atol=1e-4)
+    assert_same_states(states, theirs)
     assert not out[0, 3].any() and torch.equal(pool.mamba_pool.mamba_cache.temporal[0], before[0])
     others = [slot for slot in range(SLOTS + 1) if slot not in slots]
     assert torch.equal(states[others], before[1][others]) and not any(torch.equal(states[slot], before[1][slot]) for slot in slots)
@@ -119,9 +128,9 @@ def test_verification_of_a_padded_graph(pool, backend):
     rows = backend.verify_intermediate_state_indices[:4]
     out = verify(backend.kernel_dispatcher, x, cache.temporal, table, starts, cache.intermediate_ssm, rows, STEPS)
     live = {name: tensor[: 3 * STEPS] if name in ("mixed", "a", "b") else tensor for name, tensor in x.items()}
-    theirs = torch.full((3, STEPS, HV, D, D), 7.0)
+    theirs = torch.full((3, STEPS, HV, D, D), 7.0, dtype=before.dtype)
     torch.testing.assert_close(out[:, : 3 * STEPS], expected(live, before, table[:3], STEPS, False, theirs), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cache.intermediate_ssm[:3], theirs, rtol=1e-4, atol=1e-4)
+    assert_same_states(cache.intermediate_ssm[:3], theirs)
     assert torch.equal(cache.temporal, before) and (cache.intermediate_ssm[3:] == 7).all()
 
 

@@ -49,6 +49,35 @@ def test_drafts_are_a_chain_of_ngrams(sglang, server):
     assert server.drafting(0) == []
 
 
+def test_options_are_sglangs(sglang, server):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    server.add_options(parser)
+    options = vars(parser.parse_args(["--state-dtype", "bfloat16", "--dp-attention"]))
+    for name, states in (("pycoder-moe-nvfp4", None), ("pycoder-next-nvfp4", "bfloat16")):
+        made = sglang.prepare_server_args(server.command(MODELS / name, "cutedsl", server.further_of(name, 2, **options))[3:])
+        assert (made.tp_size, made.dp_size, made.enable_dp_attention, made.mamba_ssm_dtype) == (2, 2, True, states)
+    plain = vars(parser.parse_args([]))
+    assert server.further_of("pycoder-next-nvfp4", 1, **plain) == ["--tp-size", "1"]
+    with pytest.raises(SystemExit, match="--dp-attention: found --gpus 1; allowed: 2 or more"):
+        server.further_of("pycoder-next-nvfp4", 1, **options)
+
+
+def test_a_row_says_who_verifies(server, tmp_path):
+    from sglang_text import with_gdn_line, within
+
+    line = "Gated-delta-net decode is served by: cutedsl_plugin (verification of drafts: this package's kernel)"
+    (tmp_path / "server.log").write_text(f"[2026-01-01 00:00:00] a\n[2026-01-01 00:00:00 TP0] {line}\n")
+    row = {"served_by": "cutedsl (sm90)", "gdn_line": server.gdn_line(tmp_path / "server.log")}
+    assert with_gdn_line(row) == {"served_by": f"cutedsl (sm90); {line}"}
+    run = {"provider": "cutedsl", "model": "pycoder-next-nvfp4", "drafts": 3}
+    assert within(run | with_gdn_line(row))
+    row["gdn_line"] = line.replace("this package's", "SGLang's")
+    assert not within(run | with_gdn_line(row)) and within(run | with_gdn_line(row) | {"drafts": 0})
+    assert with_gdn_line({"served_by": None, "gdn_line": None}) == {"served_by": None}
+
+
 def test_sglang_loads_the_copy_of_pycoder_next(qwen3_next, loadable, tmp_path):
     """And not the model itself: once it does, the copy is not needed."""
     from safetensors.torch import load_file

@@ -24,15 +24,25 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "deploy/moe-backend-plugin.yaml"
 FLAG = "--moe-runner-backend cutedsl: found "
 
 
+PROGRAMS = {
+    "sglang serve": [str(Path(sys.executable).with_name("sglang")), "serve"],
+    "python -m sglang.launch_server": [sys.executable, "-m", "sglang.launch_server"],
+}
+REFUSED = "moe-backend-plugin: error: "
+
+
 @pytest.fixture
 def serve(sglang):
-    """The last line of ``sglang serve ARGUMENTS``, a process of its own that has to fail."""
+    """The last line of a server of its own that has to refuse its arguments: said once, and no traceback before it."""
 
-    def run(*arguments: object, **environment: str) -> str:
-        command = [str(Path(sys.executable).with_name("sglang")), "serve", "--device", "cpu", *map(str, arguments)]
+    def run(*arguments: object, program: str = "sglang serve", **environment: str) -> str:
+        command = [*PROGRAMS[program], "--device", "cpu", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=600)
-        assert done.returncode
-        return done.stderr.strip().splitlines()[-1]
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and last.startswith(REFUSED), done.stderr
+        printed = done.stdout + done.stderr
+        assert "Traceback" not in printed and "Error" not in printed and printed.count(last.removeprefix(REFUSED)) == 1, printed
+        return last.removeprefix(REFUSED)
 
     return run
 
@@ -124,6 +134,56 @@ def test_the_file_chooses_the_gdn_kernels(arguments, settings, provider, expecte
     from sglang.srt.arg_groups.model_override_base import resolved_view
 
     assert resolved_view(arguments(**GDN)).linear_attn_decode_backend == expected
+
+
+def runner_of(made) -> str:
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    return resolved_view(made).moe_runner_backend
+
+
+TAKE = "take_nvfp4_checkpoints: true\n"
+
+
+def test_the_file_chooses_the_runner_of_nvfp4_experts(arguments, settings, tmp_path, caplog):
+    """As it makes vLLM take such checkpoints; a flag that names a runner wins."""
+    caplog.set_level("INFO")
+    settings(TAKE)
+    assert runner_of(arguments(MOE_MODEL)) == runner_of(arguments(**GDN | {"moe_runner_backend": "auto"})) == "cutedsl"
+    assert caplog.text.count("take_nvfp4_checkpoints in this package's settings: --moe-runner-backend cutedsl") == 2
+    assert runner_of(arguments(MOE_MODEL, moe_runner_backend="triton")) == "triton"
+    assert runner_of(arguments(config_with(tmp_path, None))) == "auto"
+    for text in ("{}", f"{TAKE}moe: {{provider: engine}}\n"):
+        settings(text)
+        assert runner_of(arguments(MOE_MODEL)) == "auto"
+
+
+def test_only_nvfp4_experts_are_taken(arguments, settings, tmp_path):
+    """By the files, or by the description of a checkpoint that has none yet."""
+    settings(TAKE)
+    described = json.loads((MOE_MODEL / "config.json").read_text())["quantization_config"]
+    without = described | {"ignore": [*described["ignore"], "*.experts*"]}
+    for name, quantization, expected in (("with", described, "cutedsl"), ("without", without, "auto")):
+        (tmp_path / name).mkdir()  # SGLang remembers what it read of a folder
+        assert runner_of(arguments(config_with(tmp_path / name, quantization), load_format="dummy")) == expected
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(MOE_MODEL, tmp_path / "model")
+    (file,) = model.glob("*.safetensors")
+    save_file({name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}, file)
+    assert runner_of(arguments(model)) == "auto"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_the_runner_cannot_do_stays_sglangs(arguments, settings, caplog, strict):
+    settings(f"{TAKE}strict: {str(strict).lower()}\n")
+    flags = dict(model=MOE_MODEL, enable_pdmux=True, chunked_prefill_size=-1, disable_overlap_schedule=True)
+    if strict:
+        with pytest.raises(PluginError, match="--enable-pdmux"):
+            arguments(**flags)
+    else:
+        assert runner_of(arguments(**flags)) == "auto"
+        assert f"take_nvfp4_checkpoints: the experts stay on SGLang's runner. {FLAG}--enable-pdmux" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -306,12 +366,27 @@ def test_an_unsupported_gpu(arguments, monkeypatch, name, capability):
     assert str(error.value).startswith(f"{FLAG}{name} (sm{capability[0]}{capability[1]}); allowed: a GPU of compute capability 9.0")
 
 
-def test_a_server_says_it_in_its_last_line(serve, tmp_path):
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_server_says_it_in_one_line(serve, tmp_path, program):
     """Through the program, a configuration file and every plugin that comes with SGLang."""
     model = config_with(tmp_path, None)
     (tmp_path / "server.yaml").write_text("moe-backend: cutedsl\n")
-    last = serve("--model-path", model, "--config", tmp_path / "server.yaml")
-    assert last.startswith(f"moe_backend_plugin.errors.ConfigError: {FLAG}a checkpoint without quantisation")
+    last = serve("--model-path", model, "--config", tmp_path / "server.yaml", program=program)
+    assert last.startswith(f"{FLAG}a checkpoint without quantisation")
+
+
+def test_a_server_says_in_one_line_what_is_wrong_with_the_settings(serve, tmp_path):
+    (tmp_path / "plugin.yaml").write_text("gdn: {provider: engine}\n")
+    flags = ("--linear-attn-decode-backend", "cutedsl_plugin")
+    last = serve("--model-path", MOE_MODEL, *flags, MOE_BACKEND_PLUGIN_CONFIG=str(tmp_path / "plugin.yaml"))
+    assert last.startswith("--linear-attn-decode-backend cutedsl_plugin: found gdn.provider 'engine'")
+
+
+def test_engine_raises_what_a_program_prints(sglang, tmp_path):
+    from sglang.srt.entrypoints.engine import Engine
+
+    with pytest.raises(PluginError, match="a checkpoint without quantisation"):
+        Engine(model_path=str(config_with(tmp_path, None)), moe_backend="cutedsl", device="cpu")
 
 
 def test_another_plugin_claims_the_name_first(serve, tmp_path):
@@ -325,7 +400,7 @@ def test_another_plugin_claims_the_name_first(serve, tmp_path):
         "    add_moe_runner_backend_choices(['cutedsl'])\n"
     )
     last = serve("--model-path", MOE_MODEL, "--moe-backend", "cutedsl", PYTHONPATH=str(tmp_path))
-    assert last.startswith(f"moe_backend_plugin.errors.ConfigError: {FLAG}") and "one owner of the name" in last
+    assert last.startswith(FLAG) and "one owner of the name" in last
 
 
 def test_another_plugin_claims_the_name_later(arguments, monkeypatch):

@@ -123,3 +123,15 @@ def test_a_client_that_leaves_does_no_harm(server, prompts):
     asyncio.run(leave())
     (answer,) = ask(server, prompts[:1])
     assert len(server[0].chosen(answer)[0]) == NEW_TOKENS
+
+
+def test_weights_are_replaced_in_place(server, prompts, tmp_path):
+    """By the functions of sglang_reload.py: other experts say something else, the model's own again what they said."""
+    from sglang_reload import reload, texts_of, with_other_experts
+
+    model = server[1]
+    first = texts_of(prompts[:2], NEW_TOKENS)
+    reload(with_other_experts(model, tmp_path / "other"))
+    assert all(a != b for a, b in zip(first, texts_of(prompts[:2], NEW_TOKENS), strict=True))
+    reload(model)
+    assert texts_of(prompts[:2], NEW_TOKENS) == first

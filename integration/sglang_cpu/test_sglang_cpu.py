@@ -6,6 +6,7 @@ The Hopper kernels do not run here: on a CPU the same classes call this package'
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 
 import pytest
@@ -69,9 +70,28 @@ def test_a_model_without_nvfp4_is_refused(arguments, tmp_path):
         arguments(tmp_path, moe_runner_backend="cutedsl")
 
 
-def test_other_dispatchers_are_refused(arguments):
-    with pytest.raises((PluginError, AssertionError, ValueError)):
-        arguments(MOE_MODEL, moe_runner_backend="cutedsl", moe_a2a_backend="deepep")
+def other_dispatchers() -> list[str]:
+    """SGLang's own choices, which are known only where it is installed."""
+    if importlib.util.find_spec("sglang") is None:
+        return []
+    from typing import get_args, get_type_hints
+
+    from sglang.srt.arg_groups.fields.exec_ import ExecMoe
+
+    return [name for name in get_args(get_type_hints(ExecMoe)["moe_a2a_backend"]) if name != "none"]
+
+
+@pytest.mark.parametrize("name", other_dispatchers())
+def test_other_dispatchers_are_refused(arguments, monkeypatch, name):
+    from sglang.srt.arg_groups import mega_moe_hook
+
+    def handle_mega_moe(_) -> None:
+        """Where there is no GPU, SGLang's own refuses one of them before its turn comes."""
+
+    monkeypatch.setattr(mega_moe_hook, "handle_mega_moe", handle_mega_moe)
+    with pytest.raises(PluginError) as error:
+        arguments(MOE_MODEL, moe_runner_backend="cutedsl", moe_a2a_backend=name)
+    assert str(error.value).startswith(f"--moe-runner-backend cutedsl: found --moe-a2a-backend {name}, which hands over tokens in a layout")
 
 
 # --- MoE ---------------------------------------------------------------------------------------------------------------------------------
@@ -169,6 +189,45 @@ def test_a_layer_of_sglang(published, producer, monkeypatch):
         torch.testing.assert_close(out, reference(tensors, x, topk_weights, topk_ids), rtol=2e-2, atol=2e-2)
         assert not out[4].any()
         layer.quant_method.restore_weights_before_loading(layer)
+
+
+def rank_of(published, size: int, rank: int, expert_parallel: bool):
+    """SGLang's state in one of ``size`` processes that share the experts, or the columns of each."""
+    from sglang.srt import runtime_context
+
+    kind = "ep" if expert_parallel else "tp"
+    return runtime_context.get_parallel().override(tp_size=size, attn_tp_size=size, **{f"moe_{kind}_size": size, f"moe_{kind}_rank": rank})
+
+
+@pytest.mark.parametrize("expert_parallel", [True, False], ids=["experts", "columns"])
+def test_the_ranks_of_a_layer_add_up(published, monkeypatch, expert_parallel):
+    """Each gets every tensor of the checkpoint and the ids of all experts; what it makes of them is its part of the reference."""
+    from sglang.srt.layers.moe.token_dispatcher import standard
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    from moe_backend_plugin.nvfp4.scheme import MODELOPT_NAMES
+
+    monkeypatch.setattr(standard, "get_device", lambda: "cpu")  # SGLang's finds none, for its table of local ids
+    ranks, half, tokens = 2, EXPERTS // 2, 9
+    g = torch.Generator().manual_seed(11)
+    x, topk_weights = torch.randn(tokens, HIDDEN, generator=g), torch.rand(tokens, TOP_K, generator=g)
+    topk_ids = torch.randint(0, EXPERTS, (tokens, TOP_K), dtype=torch.int32, generator=g)
+    topk_ids[0], topk_ids[1], topk_ids[2] = torch.tensor([0, 1]), torch.tensor([6, 7]), -1
+    outs = []
+    for rank in range(ranks):
+        with rank_of(published, ranks, rank, expert_parallel):
+            layer = new_layer(modelopt())
+            assert type(layer.dispatcher) is standard.StandardDispatcher
+            tensors = load(layer, MODELOPT_NAMES)
+            layer.quant_method.process_weights_after_loading(layer)
+            problem = layer.quant_method._weights.problem
+            assert (problem.num_local_experts, problem.intermediate) == ((half, WIDTH) if expert_parallel else (EXPERTS, WIDTH // ranks))
+            outs.append(layer.forward_impl(x, StandardTopKOutput(topk_weights, topk_ids.clone(), torch.empty(tokens, EXPERTS))))
+        if expert_parallel:
+            elsewhere = torch.where(topk_ids // half == rank, topk_ids, -1)
+            torch.testing.assert_close(outs[rank], reference(tensors, x, topk_weights, elsewhere), rtol=2e-2, atol=2e-2)
+            assert outs[rank][rank].any() and not outs[rank][[1 - rank, 2]].any()
+    torch.testing.assert_close(sum(outs), reference(tensors, x, topk_weights, topk_ids), rtol=2e-2, atol=2e-2)
 
 
 def test_real_weights_of_a_server_that_began_with_dummy_ones(published):

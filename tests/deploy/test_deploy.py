@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterable
 from importlib.metadata import requires
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import helm_schemas
 import jsonschema
@@ -21,6 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted(DEPLOY.glob("kubernetes/*.yaml"))
 DOCKERFILES = sorted(DEPLOY.glob("docker/*.Dockerfile"))
+VLLM_SERVERS = sorted(DEPLOY.glob("vllm-*.yaml"))
+READ_ELSEWHERE = {
+    *DEPLOY.glob("sglang-*.yaml"),  # by SGLang's parser, in integration/sglang_cpu/test_deploy.py
+    DEPLOY / "moe-backend-plugin.yaml",  # by this package, in tests/config/test_config.py
+}
 
 
 def objects(file: Path) -> list[dict]:
@@ -37,6 +43,13 @@ def parsed(*arguments: str):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments])
+
+
+def test_every_yaml_file_is_read_by_a_test():
+    """A file that no list above names would be shipped unread."""
+    values = {DEPLOY / "helm" / name for name in helm_schemas.CHARTS}
+    found = {file for ending in ("yaml", "yml") for file in DEPLOY.rglob(f"*.{ending}")}
+    assert found == {*MANIFESTS, *VLLM_SERVERS, *values, *READ_ELSEWHERE}
 
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda file: file.name)
@@ -72,7 +85,7 @@ def test_the_plugins_file_in_a_manifest_is_one(manifest, tmp_path, monkeypatch):
 
 def test_vllm_reads_its_configurations(tmp_path):
     (tmp_path / "manifest.yaml").write_text(of_kind(DEPLOY / "kubernetes/vllm.yaml", "ConfigMap")["data"]["vllm.yaml"])
-    for file in (DEPLOY / "vllm-cpu.yaml", DEPLOY / "vllm-hopper.yaml", tmp_path / "manifest.yaml"):
+    for file in (*VLLM_SERVERS, tmp_path / "manifest.yaml"):
         arguments = parsed("serve", "--config", str(file))
         written = yaml.safe_load(file.read_text())
         assert arguments.quantization == "nvfp4_cutedsl"
@@ -112,6 +125,20 @@ def test_sglang_serves_experts_and_gdn_on_the_plugin():
     for text in (manifest, (DEPLOY / "sglang-hopper.yaml").read_text()):
         settings = yaml.safe_load(text)
         assert (settings["moe-backend"], settings["linear-attn-decode-backend"]) == ("cutedsl", "cutedsl_plugin")
+
+
+def on_a_volume(folder: str, volumes: Iterable[str]) -> bool:
+    return any(PurePosixPath(folder).is_relative_to(volume) for volume in volumes)
+
+
+def test_sglang_keeps_the_kernels_that_it_compiles():
+    """By default they lie in a home folder, which a container loses; of the chart's values the test below says the same."""
+    text = (DEPLOY / "docker/sglang.Dockerfile").read_text()
+    (folder,) = re.findall(r"^ENV SGLANG_JIT_CACHE_DIR=(\S+)$", text, re.MULTILINE)
+    assert on_a_volume(folder, re.findall(r"^VOLUME (\S+)$", text, re.MULTILINE))
+    container = of_kind(DEPLOY / "kubernetes/sglang.yaml", "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "SGLANG_JIT_CACHE_DIR", "value": folder} in container["env"]
+    assert on_a_volume(folder, [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "cache"])
 
 
 def test_sglang_is_given_its_model_and_time_to_answer():
@@ -177,8 +204,10 @@ def test_app_template_starts_sglang_with_the_plugin(tmp_path, monkeypatch):
     mounted = {mount["path"] for volume in values["persistence"].values() for mount in volume["globalMounts"]}
     folder = values["persistence"]["config"]["globalMounts"][0]["path"]
     assert server["command"] == [*SGLANG_SERVE, f"{folder}/sglang.yaml"]
-    assert server["env"] == {"MOE_BACKEND_PLUGIN_CONFIG": f"{folder}/plugin.yaml", "HF_HOME": "/var/cache/huggingface"}
-    assert set(files) == {"sglang.yaml", "plugin.yaml"} and server["env"]["HF_HOME"] in mounted
+    kept = {name: server["env"].pop(name) for name in ("HF_HOME", "SGLANG_JIT_CACHE_DIR")}
+    assert server["env"] == {"MOE_BACKEND_PLUGIN_CONFIG": f"{folder}/plugin.yaml"}
+    cache = [mount["path"] for mount in values["persistence"]["cache"]["globalMounts"]]
+    assert set(files) == {"sglang.yaml", "plugin.yaml"} and all(on_a_volume(path, cache) for path in kept.values())
     assert plugin_settings(files["plugin.yaml"], tmp_path, monkeypatch).kernel_cache in mounted
     port = yaml.safe_load(files["sglang.yaml"])["port"]
     assert values["service"]["sglang"]["ports"]["http"]["port"] == port

@@ -105,6 +105,80 @@ def test_the_file_chooses_the_gdn_backend_where_no_flag_does(provider, decode, b
     assert arguments.gdn_by_file(provider, decode, base) == chosen
 
 
+@pytest.mark.parametrize(
+    ("take", "provider", "runner", "chosen"),
+    [
+        (True, "auto", "auto", True),
+        (True, "cutedsl", "auto", True),
+        (True, "engine", "auto", False),
+        (True, "auto", "marlin", False),
+        (False, "auto", "auto", False),
+    ],
+)
+def test_the_file_chooses_the_runner_where_no_flag_does(take, provider, runner, chosen):
+    assert arguments.moe_by_file(take, provider, runner) is chosen
+
+
+CT_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True, "dynamic": False}
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": ["Linear"], "weights": CT_WEIGHTS}}}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "described", "experts", "expected"),
+    [
+        ("compressed-tensors", COMPRESSED | {"format": "nvfp4-pack-quantized"}, 8, True),
+        ("compressed-tensors", COMPRESSED | {"format": "nvfp4-pack-quantized", "ignore": ["re:.*experts.*"]}, 8, False),
+        ("compressed-tensors", COMPRESSED | {"format": "float-quantized"}, 8, False),
+        ("modelopt_fp4", MODELOPT, 8, True),
+        ("modelopt_fp4", MODELOPT, None, False),
+        ("modelopt_fp4", MODELOPT | {"ignore": ["model.layers.1.mlp.experts*"]}, 8, True),
+        ("modelopt_fp4", None, 8, True),  # described in hf_quant_config.json alone
+        ("modelopt_mixed", {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, 8, True),
+        ("compressed-tensors", None, 8, False),
+        ("fp8", {"quant_method": "fp8"}, 8, False),
+        (None, None, 8, False),
+    ],
+)
+def test_nvfp4_experts_of_a_checkpoint_that_is_not_here(quantization, described, experts, expected):
+    text = SimpleNamespace(num_experts=experts, num_hidden_layers=2)
+    config = SimpleNamespace(
+        nvfp4_moe_meta=None, quantization=quantization, hf_text_config=text, hf_config=SimpleNamespace(quantization_config=described)
+    )
+    view = SimpleNamespace(quantization=quantization, model_path="somebody/a-model")
+    assert arguments.nvfp4_experts(view, config) is expected
+
+
+def test_fp8_checkpoints_with_nvfp4_experts_have_them():
+    view = SimpleNamespace(quantization="fp8", model_path="somebody/a-model")
+    assert arguments.nvfp4_experts(view, SimpleNamespace(nvfp4_moe_meta={"group_size": 16}))
+
+
+@pytest.mark.parametrize("of_a_program", [True, False])
+def test_a_refusal_ends_a_program_and_is_raised_to_a_caller(of_a_program):
+    class ServerArgs:
+        @classmethod
+        def from_cli_args(cls, args):
+            return cls()
+
+    module = SimpleNamespace(ServerArgs=ServerArgs)
+    arguments.mark_command_lines(module)
+
+    @arguments.ends_programs
+    def refuse(server_args, previous):
+        raise ConfigError("--flag", "this", "that")
+
+    class Derived(module.ServerArgs):
+        pass
+
+    made = Derived.from_cli_args(SimpleNamespace()) if of_a_program else Derived()
+    assert type(made) is Derived
+    with pytest.raises(SystemExit if of_a_program else ConfigError) as error:
+        refuse(made, None)
+    if of_a_program:
+        assert error.value.code == "moe-backend-plugin: error: --flag: found this; allowed: that"
+
+
 def test_without_sglang_one_line_says_so(monkeypatch):
     from moe_backend_plugin.engines import sglang
 

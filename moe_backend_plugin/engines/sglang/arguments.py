@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ConfigError, UnsupportedLayerError
+from ...errors import CheckpointError, ConfigError, PluginError, UnsupportedLayerError
 from . import GDN_BACKEND, MOE_BACKEND
 
 logger = logging.getLogger("sglang.moe_backend_plugin")
@@ -22,6 +24,11 @@ ALIAS, FIELD = "moe_backend", "moe_runner_backend"
 QUANTIZATIONS = ("modelopt_fp4", "modelopt_mixed", "compressed-tensors")
 """SGLang's names of what describes NVFP4 experts; the layers themselves are checked when they are built."""
 _MAKE = "an NVFP4 checkpoint from ModelOpt or compressed-tensors; `moe-backend quantize MODEL OUT` makes one from a bf16 model"
+
+_EXPERT_SCALE = re.compile(r"\.experts\..*(weight_scale_2|weight_global_scale)$")
+"""Tensors that NVFP4 experts have, and experts of another format do not."""
+_COMMAND_LINE = "_moe_backend_plugin_command_line"
+"""On a ``ServerArgs`` that a program made of its command line; SGLang keeps notes of its own there."""
 
 _claimed_by: str | None = None
 """Who else has the name :data:`MOE_BACKEND`, or None."""
@@ -104,6 +111,45 @@ def gdn_by_file(provider: str, decode: str | None, base: str) -> str | None:
     return GDN_BACKEND if provider == "cutedsl" and decode is None and base == "triton" else None
 
 
+def moe_by_file(take: bool, provider: str, runner: str) -> bool:
+    """Whether the configuration file asks for this package's runner where the model's experts are NVFP4 and no flag names a runner.
+
+    ``take`` and ``provider`` are the settings ``take_nvfp4_checkpoints`` and ``moe.provider``.
+    """
+    return take and provider != "engine" and runner == "auto"
+
+
+def nvfp4_experts(view: Any, model_config: Any) -> bool:
+    """Whether a model has NVFP4 experts: by its files, or by its description where they are still to be downloaded."""
+    from ...nvfp4.files import read_headers
+    from ...nvfp4.scheme import lacks_layers, parse_scheme
+
+    if model_config.nvfp4_moe_meta is not None:
+        return True
+    quantization = quantization_of(view.quantization, model_config)
+    if quantization not in QUANTIZATIONS:
+        return False
+    if holds_weights(view.model_path):
+        return any(map(_EXPERT_SCALE.search, read_headers(Path(view.model_path))))
+    text = model_config.hf_text_config
+    if not any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return False
+    described = getattr(model_config.hf_config, "quantization_config", None)
+    if not isinstance(described, Mapping) or lacks_layers(described):
+        return quantization.startswith("modelopt")  # by a file beside config.json, which SGLang has read for that name
+    try:
+        scheme = parse_scheme(described)
+    except CheckpointError:  # of another format
+        return False
+    layers = range(text.num_hidden_layers)
+    return any(scheme.layer_kind(f"model.layers.{layer}.mlp.experts.0.up_proj") == "nvfp4" for layer in layers)
+
+
+def holds_weights(model_path: str) -> bool:
+    folder = Path(model_path)
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
 def dense_by_file(provider: str, activations: str, strict: bool) -> str | None:
     """What to say of settings for dense NVFP4 layers, which stay SGLang's; None if there are none. Raises ConfigError if ``strict``."""
     asked = {"linear.provider": provider, "linear.activations": activations}
@@ -116,24 +162,69 @@ def dense_by_file(provider: str, activations: str, strict: bool) -> str | None:
 # --- resolution of arguments: (server_args, previous), see SGLang's resolution_hooks ----------------------------------------------------
 
 
+def ends_programs(step: Callable[[Any, Callable[[Any], None]], None]) -> Callable[[Any, Callable[[Any], None]], None]:
+    """A step whose refusals end a program as argparse's do, with one line; whoever made the arguments in Python gets the exception."""
+
+    @functools.wraps(step)
+    def resolve(server_args: Any, previous: Callable[[Any], None]) -> None:
+        try:
+            step(server_args, previous)
+        except PluginError as error:
+            if not getattr(server_args, _COMMAND_LINE, False):
+                raise
+            raise SystemExit(f"moe-backend-plugin: error: {error}") from None
+
+    return resolve
+
+
+@ends_programs
 def check_moe(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Around ``handle_moe_kernel_config``: refuse what cannot work, before weights are read."""
+    """Around ``handle_moe_kernel_config``: refuse what cannot work, before weights are read.
+
+    ``take_nvfp4_checkpoints`` chooses this package where no flag says otherwise; what cannot work then stays SGLang's, unless ``strict``.
+    """
     from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES
     from sglang.srt.arg_groups.model_override_base import model_config_of, resolved_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
 
-    known(resolved_view(server_args).moe_runner_backend, MOE_RUNNER_BACKEND_CHOICES)
+    from .settings import plugin_config
+
+    view, config = resolved_view(server_args), plugin_config()
+    known(view.moe_runner_backend, MOE_RUNNER_BACKEND_CHOICES)
+    by_file = moe_by_file(config.take_nvfp4_checkpoints, config.moe.provider, view.moe_runner_backend)
+    if by_file and nvfp4_experts(view, model_config_of(server_args)):
+        try:
+            check_combination(view, model_config_of(server_args))
+        except PluginError as error:
+            if config.strict:
+                raise
+            logger.warning("take_nvfp4_checkpoints: the experts stay on SGLang's runner. %s", error)
+        else:
+            declare_resolution(server_args, "moe_backend_plugin", moe_runner_backend=MOE_BACKEND)
+            logger.info("take_nvfp4_checkpoints in this package's settings: %s", FLAG)
     previous(server_args)
     view = resolved_view(server_args)
     if view.moe_runner_backend != MOE_BACKEND:
         return
+    check_combination(view, model_config_of(server_args))
+    check_files(view, model_config_of(server_args), config.checkpoint_check)
+    if said := dense_by_file(config.linear.provider, config.linear.activations, config.strict):
+        logger.warning(said)
+
+
+def check_combination(view: Any, model_config: Any) -> None:
+    """Refuse a name that is somebody else's, and a device, checkpoint or flag that the runner cannot be combined with."""
     import sglang.srt.layers.moe.moe_runner.runner  # noqa: F401  registers the core, and finds out whether the name is free
+    from sglang.srt.arg_groups.choices import MOE_RUNNER_BACKEND_CHOICES
+
+    from .settings import moe_provider
 
     if MOE_RUNNER_BACKEND_CHOICES.count(MOE_BACKEND) > 1:
         claim_failed("an entry of that name from another plugin too")
     if _claimed_by:
         raise ConfigError(FLAG, _claimed_by, "one owner of the name; SGLANG_PLUGINS says which plugins are loaded")
     refuse(
-        quantization_of(view.quantization, model_config_of(server_args)),
+        quantization_of(view.quantization, model_config),
         view.moe_a2a_backend,
         eplb=view.enable_eplb,
         redundant=view.ep_num_redundant_experts,
@@ -142,25 +233,19 @@ def check_moe(server_args: Any, previous: Callable[[Any], None]) -> None:
         pdmux=view.enable_pdmux,
         ray=view.use_ray,
     )
-    from .settings import moe_provider, plugin_config
-
     moe_provider(FLAG)
-    config = plugin_config()
-    check_files(view, model_config_of(server_args), config.checkpoint_check)
-    if said := dense_by_file(config.linear.provider, config.linear.activations, config.strict):
-        logger.warning(said)
 
 
 def check_files(view: Any, model_config: Any, depth: Literal["full", "headers"]) -> None:
     """Refuse a bad checkpoint that lies here; one that is still to be downloaded is checked while it loads. Raises CheckpointError."""
     from ...nvfp4.checkpoint import check_checkpoint
 
-    folder = Path(view.model_path)
-    here = view.load_format in ("auto", "safetensors") and folder.is_dir() and any(folder.glob("*.safetensors"))
+    here = view.load_format in ("auto", "safetensors") and holds_weights(view.model_path)
     if here and model_config.nvfp4_moe_meta is None:  # that one is described as FP8, with experts apart
-        check_checkpoint(folder, depth=depth)
+        check_checkpoint(Path(view.model_path), depth=depth)
 
 
+@ends_programs
 def choose_gdn(server_args: Any, previous: Callable[[Any], None]) -> None:
     """Around ``handle_linear_attn_backend``: ``gdn.provider: cutedsl`` chooses this package where no flag says otherwise.
 
@@ -224,6 +309,18 @@ def add_alias(module: Any) -> None:
         extend_parser(parser)
 
     module.ServerArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def mark_command_lines(module: Any) -> None:
+    """Note on arguments that they were a command line; a plain function for the reason that :func:`add_alias` names."""
+    original = inspect.getattr_static(module.ServerArgs, "from_cli_args")
+
+    def from_cli_args(cls: type, args: Any) -> Any:
+        made = original.__get__(None, cls)(args)
+        setattr(made, _COMMAND_LINE, True)
+        return made
+
+    module.ServerArgs.from_cli_args = classmethod(from_cli_args)
 
 
 def extend_parser(parser: Any) -> None:

@@ -48,6 +48,13 @@ HOOKS = (
         "no registry adds a flag or an alias; --moe-backend, on the command line and in --config, stands for --moe-runner-backend",
     ),
     Hook(
+        "sglang.srt.server_args",
+        "ServerArgs.from_cli_args",
+        "arguments:mark_command_lines",
+        "nothing says whether arguments were a command line, for which a refusal should be one line, or Engine's keywords, for which it "
+        "must be an exception that can be caught; programs are the only callers",
+    ),
+    Hook(
         "sglang.srt.entrypoints.engine",
         "Engine.server_args_class",
         "arguments:accept_alias",
