@@ -7,10 +7,12 @@ wrong or cannot run is not timed, and the reason is stored.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
 from typing import Any
 
 import torch
@@ -24,16 +26,24 @@ HQ = 16
 NORM_EPS = 1e-6
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS = torch.bfloat16
-RESERVE = 6 << 30  # bytes left to inputs, outputs and the providers' own buffers
+RESERVE = 12 << 30  # bytes left to inputs, outputs, intermediate states (up to 9 GiB) and the providers' own buffers
 
 # The defaults: what a server meets, in a few minutes of GPU time.
 BATCHES = tuple(2**i for i in range(10))
-SPEC_BATCHES = (1, 4, 16, 64, 256)
-TOKEN_COUNTS = (1, 2, 3, 4, 5, 6, 8)
+FEW_BATCHES = (1, 4, 16, 64, 256)
+TOKEN_COUNTS = tuple(range(1, 9))
 HEADS = (16, 32, 64)
-SPEC_HEADS = (32,)
-INTERMEDIATE_TOKENS = 4
+FEW_HEADS = (32,)
 QUICK_BATCHES, QUICK_TOKENS = (1, 64), (1, 4)
+SPEC_TARGET = 16
+"""Rows from which the target for several tokens a row counts."""
+SECONDS = 420.0
+"""Default of the time a run may take once Python is up."""
+FEW_LAUNCHES_ABOVE = 1 << 30
+"""Bytes that a call moves; longer calls of several tokens a row are timed with two launches, as eight of the largest need more memory
+than there is."""
+COLUMNS = 8
+"""Of slot tables whose rows are further apart than T."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,21 @@ class Case:
         """Bytes of state that a call must read and write: each row once in, and out after each token (twice with intermediates)."""
         return self.B * self.row_bytes * (1 + self.T * (2 if self.intermediates else 1))
 
+    @property
+    def operations(self) -> int:
+        """Floating-point operations on the states, 7 for each element and token: the decay 1, S k 2, S + delta k^T 2, S q 2.
+
+        As the reference counts; normalisation, gates and delta itself are some hundredths more and left out.
+        """
+        return 7 * self.B * self.T * self.HV * HEAD * HEAD
+
+    @property
+    def launches(self) -> int:
+        """Calls in the graph that is timed; the inputs have one more."""
+        from .timing import LAUNCHES
+
+        return min(2, LAUNCHES) if self.T > 1 and self.moved_bytes > FEW_LAUNCHES_ABOVE else LAUNCHES
+
     def __str__(self) -> str:
         return f"T={self.T} B={self.B} HV={self.HV} {self.state} {self.pool}{' intermediates' if self.intermediates else ''}"
 
@@ -75,31 +100,43 @@ class Options:
     state: tuple[str, ...] | None = None
     providers: tuple[str, ...] | None = None
     quick: bool = False
+    seconds: float = SECONDS
 
 
-def plan(options: Options) -> list[tuple[Case, tuple[str, ...]]]:
-    """The cases and the providers of each; all cases of one pool, (HV, state), come one after the other."""
+Cell = tuple[Case, tuple[str, ...]]
+"""A case and the providers that are timed on it."""
+
+
+def plan(options: Options) -> list[Cell]:
+    """All cells that were asked for, the most important first: what is left when the time is up has not been timed.
+
+    First what the targets are about, each case beside the one kernel that vLLM runs there; then split pool, intermediates, and the other
+    providers. A split pool and intermediates are this package's alone: vLLM's kernels write to the pool that they read, or to memory
+    that they allocate themselves. Cells of one pool, (HV, state), come one after the other within each of these parts.
+    """
     asked = options.providers or tuple(PROVIDERS)
-    heads = options.heads or (SPEC_HEADS if options.quick else HEADS)
-    cells = []
+    heads = options.heads or (FEW_HEADS if options.quick else HEADS)
+    ours = tuple(name for name in asked if name == "plugin")
+    parts: list[list[Cell]] = [[] for _ in range(6)]
     for state, HV, T in product(options.state or STATES, heads, options.tokens or (QUICK_TOKENS if options.quick else TOKEN_COUNTS)):
-        if T > 1 and HV not in (options.heads or SPEC_HEADS):
-            continue
-        for B in options.batch or (QUICK_BATCHES if options.quick else BATCHES if T == 1 else SPEC_BATCHES):
+        for B in options.batch or (QUICK_BATCHES if options.quick else BATCHES):
             case = Case(B, T, HV, state)
-            cells.append((case, tuple(name for name in asked if _in_grid(PROVIDERS[name], case, options))))
-            if T == 1 and HV in (options.heads or SPEC_HEADS):
-                cells.append((Case(B, T, HV, state, pool="split"), tuple({"plugin"} & set(asked))))
-            if T == INTERMEDIATE_TOKENS:
-                cells.append((Case(B, T, HV, state, intermediates=True), tuple({"plugin"} & set(asked))))
-    return [cell for cell in cells if cell[1]]
+            serving = tuple(name for name in asked if _in_grid(PROVIDERS[name], case, options))
+            first = tuple(name for name in serving if name in ("plugin", "triton" if T == 1 else "triton-spec"))
+            parts[0 if T == 1 else 1 if B >= SPEC_TARGET else 2].append((case, first))
+            if T == 1 or B in FEW_BATCHES or options.batch:
+                parts[3].append((Case(B, T, HV, state, pool="split"), ours))
+            if B in FEW_BATCHES or options.batch:
+                parts[4].append((Case(B, T, HV, state, intermediates=True), ours))
+            parts[5].append((case, tuple(name for name in serving if name not in first)))
+    return [cell for part in parts for cell in part if cell[1]]
 
 
 def _in_grid(provider: Provider, case: Case, options: Options) -> bool:
     if case.T > provider.max_tokens or case.state not in provider.states:
         return False
-    if provider.compiles_each_shape and not (options.batch or options.heads):
-        return case.B in SPEC_BATCHES and case.HV in SPEC_HEADS
+    if provider.few(case.T) and not (options.batch or options.heads):
+        return case.B in FEW_BATCHES and case.HV in FEW_HEADS
     return True
 
 
@@ -110,7 +147,7 @@ class Inputs:
     """Random inputs of ``count`` calls of one case; every list has one entry a call, each aligned as torch aligns a tensor.
 
     pool, write_pool: [slots, HV, V, K], shared with other cases; each call has slots of its own, drawn from the whole pool.
-    table: int32 [B, T]. accepted: int32 [B], 1 .. T. cu: int32 [B + 1]. write: int32 [B], slots of ``write_pool``.
+    table: int32 [B, T]. accepted: int32 [B], 1 .. T. cu: int32 [B + 1]. write: int32 [B, T], slots of ``write_pool``.
     qkv: [B T, 2 HQ K + HV V]. a, b: [B T, HV]. A_log: fp32 [HV]. dt_bias: [HV]. out: [B T, HV, V].
     """
 
@@ -125,9 +162,11 @@ class Inputs:
         self.dt_bias = torch.randn(HV, device=device).to(TOKENS)
         self.norm_weight = torch.randn(HEAD, device=device).to(TOKENS)
         self.out = [torch.empty(tokens, HV, HEAD, dtype=TOKENS, device=device) for _ in range(count)]
-        self.table, self.accepted, self.write = self._carve("tables", torch.int32, (B, T), (B,), (B,))
+        self.table, self.accepted, self.write = self._carve("tables", torch.int32, (B, T), (B,), (B, T))
         slots = torch.randperm(pool.shape[0] - 1, device=device)[: count * B * T].view(count, B, T) + 1
-        targets = torch.randperm(write_pool.shape[0] - 1, device=device)[: count * B].view(count, B) + 1 if write_pool is not None else None
+        targets = None
+        if write_pool is not None:
+            targets = torch.randperm(write_pool.shape[0] - 1, device=device)[: count * B * T].view(count, B, T) + 1
         for i in range(count):
             self.table[i].copy_(slots[i])
             self.accepted[i].copy_(torch.randint(1, T + 1, (B,), device=device))
@@ -152,14 +191,24 @@ class Inputs:
         return list(zip(q, k, v, strict=True))
 
     @cached_property
+    def wide_table(self) -> list[torch.Tensor]:
+        """``table`` with its rows as far apart whatever T is, for kernels that are compiled for that distance."""
+        (wide,) = self._carve("wide_table", torch.int32, (self.case.B, COLUMNS if self.case.T > 1 else 1))
+        found = [tensor[:, : self.case.T] for tensor in wide]
+        for tensor, source in zip(found, self.table, strict=True):
+            tensor.copy_(source)
+        return found
+
+    @cached_property
     def gate(self) -> list[torch.Tensor]:
         """[B T, HV, V]."""
         return self._random("gate", (self.case.B * self.case.T, self.case.HV, HEAD))[0]
 
     def warm(self, provider: Provider) -> list[torch.Tensor]:
         """All that the kernels before this one would have left in the cache: what ``provider`` reads besides the states."""
-        tokens = "qkv_apart" if provider.apart else "qkv"
-        return [self._arenas[name] for name in (tokens, "gates", "tables", *(["gate"] if provider.norm else []))]
+        names = ["qkv_apart" if provider.apart else "qkv", "gates", "tables"]
+        names += ["gate"] * provider.norm + ["wide_table"] * provider.wide
+        return [self._arenas[name] for name in names]
 
     def _random(self, name: str, *shapes: tuple[int, ...]) -> list[list[torch.Tensor]]:
         found = self._carve(name, TOKENS, *shapes)
@@ -194,7 +243,8 @@ class Provider:
     prepare: inputs -> launch; imports what it needs and raises where it cannot serve.
     max_tokens: most tokens a row; 1 for kernels without speculative rows. states: the pools' types it takes.
     norm: the output is RMSNorm(o) * weight * silu(gate). apart: takes q, k and v apart (made before the timing).
-    compiles_each_shape: compiles for each batch size, so that the default grid leaves most of them out.
+    wide: takes ``wide_table``. compiles_each_shape: compiles for each batch size, so that the default grid leaves most of them out.
+    full: on the default grid with every batch size and HV also with several tokens a row.
     """
 
     prepare: Callable[[Inputs], Launch]
@@ -202,7 +252,13 @@ class Provider:
     states: tuple[str, ...] = tuple(STATES)
     norm: bool = False
     apart: bool = False
+    wide: bool = False
     compiles_each_shape: bool = False
+    full: bool = False
+
+    def few(self, T: int) -> bool:
+        """Whether the default grid has only some of its batch sizes and HV, with T tokens a row."""
+        return self.compiles_each_shape or (T > 1 and not self.full)
 
 
 def _plugin(x: Inputs, norm: bool = False) -> Launch:
@@ -210,11 +266,12 @@ def _plugin(x: Inputs, norm: bool = False) -> Launch:
 
     spec, split = x.case.T > 1, x.case.pool == "split"
     gates = x.gate if norm else [None] * x.count
+    written = x.write if split else x.table
 
     def launch(i: int) -> torch.Tensor:
         decode(
             x.qkv[i], x.a[i], x.b[i], x.A_log, x.dt_bias, x.pool, x.table[i] if spec else x.table[i][:, 0], x.out[i],
-            write=x.table[i] if spec else x.write[i] if split else None,
+            write=written[i] if spec else written[i][:, 0] if split else None,
             write_pool=x.write_pool if split else None,
             cu_seqlens=x.cu if spec else None, num_accepted=x.accepted[i] if spec else None, max_tokens=x.case.T,
             intermediate=x.intermediate[i], gate=gates[i], norm_weight=x.norm_weight if norm else None, norm_eps=NORM_EPS,
@@ -261,13 +318,13 @@ def _triton_norm(x: Inputs) -> Launch:
 def _triton_spec(x: Inputs) -> Launch:
     from vllm.third_party.flash_linear_attention.ops import fused_sigmoid_gating_delta_rule_update as update
 
-    qkv = x.qkv_apart
+    qkv, table = x.qkv_apart, x.wide_table
 
     def launch(i: int) -> torch.Tensor:
         q, k, v = qkv[i]
         out, _ = update(
             A_log=x.A_log, a=x.a[i], b=x.b[i], dt_bias=x.dt_bias, q=q, k=k, v=v, initial_state=x.pool, inplace_final_state=True,
-            cu_seqlens=x.cu, ssm_state_indices=x.table[i], num_accepted_tokens=x.accepted[i], use_qk_l2norm_in_kernel=True,
+            cu_seqlens=x.cu, ssm_state_indices=table[i], num_accepted_tokens=x.accepted[i], use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
         return out.view_as(x.out[i])
 
@@ -326,10 +383,10 @@ def _sglang(x: Inputs) -> Launch:
 
 
 PROVIDERS = {
-    "plugin": Provider(_plugin, max_tokens=8),
+    "plugin": Provider(_plugin, max_tokens=8, full=True),
     "plugin-norm": Provider(_plugin_norm, max_tokens=8, norm=True),
     "triton": Provider(_triton),
-    "triton-spec": Provider(_triton_spec, max_tokens=8, apart=True),
+    "triton-spec": Provider(_triton_spec, max_tokens=8, apart=True, wide=True, full=True),
     "vllm-cuda": Provider(_vllm_cuda, max_tokens=8, norm=True),
     "triton+norm": Provider(_triton_norm, norm=True),
     "flashinfer": Provider(_flashinfer, apart=True, compiles_each_shape=True),
@@ -342,7 +399,7 @@ PROVIDERS = {
 OUT_BOUND = 1e-2
 STATE_BOUNDS = {"float32": 1e-3, "bfloat16": 1e-2}
 """Relative errors (norms) that rounding to the outputs' and the pools' types stays well below."""
-ROWS_COMPARED = 8
+ROWS_COMPARED = 4
 
 
 def wrong(x: Inputs, launch: Launch, provider: Provider) -> str | None:
@@ -352,7 +409,7 @@ def wrong(x: Inputs, launch: Launch, provider: Provider) -> str | None:
     before = x.pool[table[rows, start[rows]]].double()
     x.out[0].fill_(float("nan"))
     out = launch(0).view(x.case.B, x.case.T, x.case.HV, HEAD)[rows].double()
-    written = x.pool[table[rows]] if x.case.pool == "single" else x.write_pool[x.write[0].long()[rows]].unsqueeze(1)
+    written = x.pool[table[rows]] if x.case.pool == "single" else x.write_pool[x.write[0].long()[rows]]
     expected_out, expected = _expected(x, rows, before, provider.norm)
     errors = {"output": (out, expected_out, OUT_BOUND), "states": (written.double(), expected, STATE_BOUNDS[x.case.state])}
     if x.case.intermediates:
@@ -382,60 +439,107 @@ def _expected(x: Inputs, rows: torch.Tensor, before: torch.Tensor, norm: bool) -
 # --- the run -------------------------------------------------------------------------------------------------------------------------
 
 
+WRITE_EVERY = 10.0
+"""Seconds between two results that are handed out to be written."""
+
+
 def run(options: Options, device: torch.device, say: Callable[[str], None] = print) -> Iterator[dict[str, Any]]:
-    """Time the plan; yields the growing result {"ceilings", "rows", "missing", "skipped"} after each pool, the whole at the end."""
+    """Time the plan; yields the growing result {"ceilings", "rows", "missing", "skipped", "dropped", "seconds"} every few seconds, the
+    whole at the end. "dropped": the cells that did not fit in ``options.seconds``, each with its "providers".
+    """
     from .timing import Clock, copy_tb_s
 
+    began = written = time.monotonic()
     cells = plan(options)
-    result: dict[str, Any] = {"ceilings": {"copy_TB_s": round(copy_tb_s(device), 4)}, "rows": [], "missing": {}, "skipped": []}
+    result: dict[str, Any] = {"ceilings": {}, "rows": [], "missing": {}, "skipped": [], "dropped": [], "seconds": 0.0}
+    result["ceilings"] |= {"copy_TB_s": round(copy_tb_s(device), 4)}
     release()
     clock = Clock(device)
     result["ceilings"] |= {"empty_us": round(clock.empty_us(), 3), "l2_bytes": clock.l2_bytes}
     say(f"copy {result['ceilings']['copy_TB_s']:.3f} TB/s, empty kernel {result['ceilings']['empty_us']:.2f} us")
-    session = _Session(result, clock, say)
-    groups: dict[tuple[int, str], list] = {}
-    for case, names in cells:
-        groups.setdefault((case.HV, case.state), []).append((case, names))
-    for group in groups.values():
-        session.group(group, device)
-        yield result
+    if device.type == "cuda":
+        _compile(cells, device, say)
+    session = _Session(result, clock, say, began + options.seconds)
+    for _, group in groupby(cells, key=lambda cell: (cell[0].HV, cell[0].state)):
+        for _ in session.group(list(group), device):
+            result["seconds"] = round(time.monotonic() - began, 1)
+            if time.monotonic() - written > WRITE_EVERY:
+                yield result
+                written = time.monotonic()
+    if result["dropped"]:
+        say(f"{len(result['dropped'])} cells dropped after {result['seconds']} s")
     timed = {row["provider"] for row in result["rows"]}
+    untried = {name for entry in result["dropped"] for name in entry["providers"]}
     for name in options.providers or PROVIDERS:
         reasons = [entry["reason"] for entry in result["skipped"] if entry["provider"] == name]
         if name not in timed:
-            result["missing"].setdefault(name, reasons[0] if reasons else "no case of the grid that it serves")
+            reason = "no time" if name in untried else "no case of the grid that it serves"
+            result["missing"].setdefault(name, reasons[0] if reasons else reason)
         elif PROVIDERS[name].compiles_each_shape and not (options.batch or options.heads):
-            result["skipped"].append({"provider": name, "reason": f"by default only B in {SPEC_BATCHES}: compiles for each shape"})
+            result["skipped"].append({"provider": name, "reason": f"by default only B in {FEW_BATCHES}: compiles for each shape"})
+    result["seconds"] = round(time.monotonic() - began, 1)
     yield result
 
 
+def _compile(cells: list[Cell], device: torch.device, say: Callable[[str], None]) -> None:
+    """All of this package's kernels at once, a core each: one after the other they would take longer than the timing."""
+    began = time.monotonic()
+    try:
+        from ..gdn import cuda
+        from ..kernels import compile as kernels
+
+        wanted = [variant(case, PROVIDERS[name].norm) for case, names in cells for name in names if name.startswith("plugin")]
+        jobs = min(len(os.sched_getaffinity(0)), 16)
+        count = kernels.prepare(cuda.FAMILY, wanted, kernels.device_architecture(device.index or 0), jobs=jobs)
+    except Exception as error:  # noqa: BLE001  the cells that need the kernel meet the error again and store it
+        say(f"compiling ahead: {first_line(error)}")
+    else:
+        say(f"{count} kernels compiled in {time.monotonic() - began:.1f} s")
+
+
+def variant(case: Case, norm: bool):
+    """The ``kernels.gdn_decode.Variant`` that this package's kernel is launched in: what ``gdn.cuda.decode`` would choose."""
+    from ..gdn import cuda
+
+    state, spec, split = STATES[case.state], case.T > 1, case.pool == "split"
+    layer = cuda.Layer(state, TOKENS, TOKENS, case.HV // HQ, norm="silu" if norm else "")
+    tile = cuda.tile_for(state.itemsize, case.B * case.HV, spec)
+    write = "each" if spec else "last" if split else "same"
+    return layer.variant(tile, ragged=spec, write=write, accepted=spec, split=split, intermediate=case.intermediates)
+
+
 class _Session:
-    def __init__(self, result: dict[str, Any], clock, say: Callable[[str], None]) -> None:
-        self.result, self.clock, self.say = result, clock, say
+    def __init__(self, result: dict[str, Any], clock, say: Callable[[str], None], deadline: float) -> None:
+        self.result, self.clock, self.say, self.deadline = result, clock, say, deadline
         self.failed: dict[tuple, str] = {}
 
-    def group(self, cells: list[tuple[Case, tuple[str, ...]]], device: torch.device) -> None:
-        """All cases of one (HV, state): one pool, made here and released."""
-        pool, write_pool = _pools([case for case, _ in cells], self.clock, device)
+    def group(self, cells: list[Cell], device: torch.device) -> Iterator[None]:
+        """Cases of one (HV, state): one pool, made here and released; yields after each."""
+        pool = write_pool = None
         for case, names in cells:
+            if time.monotonic() > self.deadline:
+                self.result["dropped"].append({**_case_fields(case), "providers": list(names)})
+                continue
+            if pool is None:
+                pool, write_pool = _pools([case for case, _ in cells], self.clock, device)
             reason = _does_not_fit(case, pool, write_pool)
             if reason is None:
                 self._cell(case, names, pool, write_pool)
             for name in names if reason else ():
                 self._skip(name, case, reason)
+            yield
         del pool, write_pool
         release()
 
     def _cell(self, case: Case, names: tuple[str, ...], pool: torch.Tensor, write_pool: torch.Tensor | None) -> None:
-        from .timing import LAUNCHES
-
+        names = tuple(name for name in names if name not in self.result["missing"])
+        if not names:
+            return
         copy_us = self.clock.copy_us(pool, case.B * case.row_bytes) if case.T == 1 else None
-        inputs = Inputs(case, LAUNCHES + 1, pool, write_pool if case.pool == "split" else None, 4 * self.clock.l2_bytes)
+        inputs = Inputs(case, case.launches + 1, pool, write_pool if case.pool == "split" else None, 4 * self.clock.l2_bytes)
         said = []
         for name in names:
             key = (name, case.T, case.HV, case.state, case.pool, case.intermediates)
-            if name in self.result["missing"]:
-                continue
             if key in self.failed:  # one failure costs seconds of a compiler's time: do not repeat it for each batch size
                 self.result["skipped"].append({"provider": name, **_case_fields(case), "reason": f"not tried: {self.failed[key]}"})
                 continue
@@ -458,7 +562,7 @@ class _Session:
         reason = wrong(inputs, launch, provider)
         if reason:
             raise RuntimeError(f"differs from the reference: {reason}")
-        return self.clock.time(launch, inputs.warm(provider))
+        return self.clock.time(launch, inputs.warm(provider), inputs.count - 1)
 
     def _skip(self, name: str, case: Case, reason: str, **more: bool) -> None:
         self.result["skipped"].append({"provider": name, **_case_fields(case), "reason": reason, **more})
@@ -466,13 +570,14 @@ class _Session:
 
 
 def row(case: Case, provider: str, us: float, copy_us: float | None, copy_tb: float) -> dict[str, Any]:
-    """One measured time as it is stored: ``us`` a call, TB/s of state moved, and its part of torch's copy."""
+    """One measured time as it is stored: ``us`` a call, TB/s of state moved, TFLOP/s, and the TB/s as a part of torch's copy."""
     speed = case.moved_bytes / us / 1e6
     return {
         **_case_fields(case),
         "provider": provider,
         "us": round(us, 3),
         "TB_s": round(speed, 4),
+        "TFLOP_s": round(case.operations / us / 1e6, 4),
         "copy_fraction": round(speed / copy_tb, 4),
         "copy_us": None if copy_us is None else round(copy_us, 3),
     }
@@ -483,21 +588,19 @@ def _case_fields(case: Case) -> dict[str, Any]:
     return {"B": fields.pop("B"), "T": fields.pop("T"), "HV": fields.pop("HV"), "HQ": HQ, "state_dtype": fields.pop("state"), **fields}
 
 
-def slots_needed(case: Case, launches: int) -> tuple[int, int]:
-    """(slots of the pool, slots of the write pool) for ``launches`` calls and one before them; slot 0 stays unused.
+def slots_needed(case: Case) -> tuple[int, int]:
+    """(slots of the pool, slots of the write pool) for the calls that are timed and one before them; slot 0 stays unused.
 
     With one token a row the pool is twice that, so that the copy beside it reads one half and writes the other.
     """
-    calls = (launches + 1) * case.B
-    return 1 + calls * max(case.T, 2), 1 + calls if case.pool == "split" else 0
+    calls = (case.launches + 1) * case.B
+    return 1 + calls * max(case.T, 2), 1 + calls * case.T if case.pool == "split" else 0
 
 
 def _pools(cases: list[Case], clock, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The pool that all ``cases`` share, as large as they need if it fits, at least four times the cache; and a write pool."""
-    from .timing import LAUNCHES
-
     row_bytes, dtype = cases[0].row_bytes, STATES[cases[0].state]
-    wanted, write_wanted = (max(needed) for needed in zip(*(slots_needed(case, LAUNCHES) for case in cases), strict=True))
+    wanted, write_wanted = (max(needed) for needed in zip(*map(slots_needed, cases), strict=True))
     free = (torch.cuda.mem_get_info(device)[0] - RESERVE) // row_bytes
     slots = max(min(max(wanted, 2 + 4 * clock.l2_bytes // row_bytes), free), 2)
     write_slots = min(write_wanted, free - slots)
@@ -507,12 +610,10 @@ def _pools(cases: list[Case], clock, device: torch.device) -> tuple[torch.Tensor
 
 
 def _does_not_fit(case: Case, pool: torch.Tensor, write_pool: torch.Tensor | None) -> str | None:
-    from .timing import LAUNCHES
-
-    calls = (LAUNCHES + 1) * case.B
+    slots = 1 + (case.launches + 1) * case.B * case.T
     for name, needed, found in (
-        ("pool", 1 + calls * case.T, pool.shape[0]),
-        ("write pool", 1 + calls if case.pool == "split" else 0, 0 if write_pool is None else write_pool.shape[0]),
+        ("pool", slots, pool.shape[0]),
+        ("write pool", slots if case.pool == "split" else 0, 0 if write_pool is None else write_pool.shape[0]),
     ):
         if needed > found:
             return f"the {name} needs {needed} slots of {case.row_bytes / 2**20:.2f} MiB, {found} fit"

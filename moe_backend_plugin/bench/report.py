@@ -63,6 +63,7 @@ def summary(result: dict[str, Any]) -> list[tuple[str, str, dict[str, str]]]:
         ("T=1", "fused norm: speed-up over triton+norm", "plugin-norm", _where(T=1), speed_up("triton+norm")),
         ("T=1..8", "fused norm: speed-up over vllm-cuda", "plugin-norm", _where(), speed_up("vllm-cuda")),
         ("T=1", "split pool: speed-up over single pool", "split", _where(T=1), speed_up("plugin")),
+        ("T=2..8", "split pool: speed-up over single pool", "split", _where(T=range(2, 9)), speed_up("plugin")),
     ]
     found = []
     for target, figure, ours, where, value in lines:

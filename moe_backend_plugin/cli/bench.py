@@ -23,12 +23,13 @@ HEADS = tuple(16 * ratio for ratio in HEADS_PER_GROUP)
 @app.command()
 @command
 def gdn(
-    batch: Annotated[str | None, typer.Option(help="Rows, e.g. 1,64. Default: 1 to 512, fewer with several tokens.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens a row, 1 to 8. Default: 1,2,3,4,5,6,8.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Value heads on 16 key heads. Default: 16,32,64; 32 with several tokens.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Rows, e.g. 1,64. Default: powers of two from 1 to 512.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens a row, 1 to 8. Default: all.")] = None,
+    heads: Annotated[str | None, typer.Option(help="Value heads on 16 key heads. Default: 16,32,64.")] = None,
     state: Annotated[str | None, typer.Option(help="Types of the state: float32, bfloat16. Default: both.")] = None,
     providers: Annotated[str | None, typer.Option(help="Whose kernels, e.g. plugin,triton. Default: all that are installed.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small grid: B=1,64, T=1,4, HV=32.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Time to take; what is least important is dropped. Default: 420.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file. Default: gdn_<device>.json in integration/bench/results or here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf). Default: beside the JSON file.")] = None,
 ) -> None:
@@ -45,7 +46,10 @@ def gdn(
         state=_names("--state", state, list(bench.STATES)),
         providers=_names("--providers", providers, list(bench.PROVIDERS)),
         quick=quick,
+        seconds=bench.SECONDS if seconds is None else seconds,
     )
+    if not options.seconds > 0:
+        raise InputError("--seconds", str(options.seconds), "more than 0")
     check_files(out, "--plot", plot)
     if not bench.plan(options):
         raise InputError("bench gdn", "no case that the chosen providers serve", "another choice of --tokens, --state or --providers")
@@ -53,7 +57,7 @@ def gdn(
     out = out or results_folder() / f"gdn_{slug(stamp['device'])}.json"
     result = _run(bench.run(options, device, say=_say), stamp, out)
     _print(result, report.summary(result))
-    print(f"{out}: {len(result['rows'])} rows")
+    print(f"{out}: {len(result['rows'])} rows in {result['seconds']} s, {len(result['dropped'])} cells dropped")
     _plot(report.plot, result, out, plot)
     if any(entry.get("failed") and entry["provider"].startswith("plugin") for entry in result["skipped"]):
         raise typer.Exit(EXIT_WRONG)

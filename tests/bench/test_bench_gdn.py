@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from itertools import product
 from unittest.mock import create_autospec
 
 import pytest
@@ -25,17 +26,22 @@ def test_bytes_of_a_case():
     assert Case(8, 4, 32, "float32").moved_bytes == 8 * row * (1 + 4)
     assert Case(8, 4, 32, "float32", intermediates=True).moved_bytes == 8 * row * (1 + 4 + 4)
     assert Case(8, 1, 16, "bfloat16", pool="split").moved_bytes == 8 * 2 * row // 4
+    assert Case(8, 3, 32, "bfloat16").operations == 8 * 3 * 32 * 128 * 128 * 7
 
 
 def test_default_plan():
     cells = plan(Options())
     cases = [case for case, _ in cells]
-    assert len(set(cases)) == len(cases)
-    one = {(c.B, c.HV, c.state) for c in cases if c.T == 1 and c.pool == "single"}
-    assert len(one) == 10 * 3 * 2 and (512, 64, "float32") in one
-    assert {(c.B, c.HV) for c in cases if c.pool == "split"} == {(2**i, 32) for i in range(10)}
-    assert {(c.T, c.B, c.HV) for c in cases if c.T > 1} == {(T, B, 32) for T in (2, 3, 4, 5, 6, 8) for B in (1, 4, 16, 64, 256)}
-    assert {c.T for c in cases if c.intermediates} == {4}
+    few, every = (1, 4, 16, 64, 256), [2**i for i in range(10)]
+    timed = {(case, name) for case, names in cells for name in names}
+    assert len(timed) == sum(len(names) for _, names in cells)
+    for state, HV, T in product(("float32", "bfloat16"), (16, 32, 64), range(1, 9)):
+        peer = "triton" if T == 1 else "triton-spec"
+        assert {(Case(B, T, HV, state), name) for B in every for name in ("plugin", peer)} <= timed
+        assert {(Case(B, T, HV, state, pool="split"), "plugin") for B in (every if T == 1 else few)} <= timed
+        assert {(Case(B, T, HV, state, intermediates=True), "plugin") for B in few} <= timed
+    assert {(c.B, c.HV) for c, name in timed if name in ("vllm-cuda", "plugin-norm") and c.T > 1} == {(B, 32) for B in few}
+    assert {(c.B, c.T, c.HV) for c, name in timed if name == "flashinfer"} == {(B, 1, 32) for B in few}
     for case, names in cells:
         assert names and set(names) <= set(PROVIDERS)
         if case.pool == "split" or case.intermediates:
@@ -45,21 +51,62 @@ def test_default_plan():
         if "sglang-cutedsl" in names:
             assert case.state == "float32" and case.HV == 32
     pools = [(case.HV, case.state) for case in cases]
-    assert sum(a != b for a, b in zip(pools, pools[1:], strict=False)) == 5  # one pool after the other
+    assert sum(a != b for a, b in zip(pools, pools[1:], strict=False)) == 6 * 6 - 1  # one pool after the other in each part
+
+
+def test_what_the_targets_are_about_comes_first():
+    cells = plan(Options())
+    assert all(case.T == 1 and names == ("plugin", "triton") for case, names in cells[:60])
+    rest = cells[60:]
+    assert all(c.T > 1 and c.B >= 16 and names == ("plugin", "triton-spec") for c, names in rest[: 7 * 6 * 6])
+    assert all("plugin" not in names for _, names in cells[-130:])
+
+
+def test_long_calls_are_timed_with_fewer_launches_and_fit():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert Case(512, 1, 64, "float32").launches == 8  # beside the copy, which has eight too
+    assert Case(64, 2, 32, "bfloat16").launches == 8 and Case(512, 8, 64, "float32").launches == 2
+    most = max(sum(gdn.slots_needed(case)) * case.row_bytes for case, _ in plan(Options()))
+    assert most < 60 << 30
+
+
+def test_kernels_compiled_ahead_are_those_that_are_launched(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    pytest.importorskip("cutlass", reason="CuTe DSL is not installed (extra: kernels)")
+    from moe_backend_plugin.gdn import cuda
+
+    loaded = []
+    monkeypatch.setattr(cuda.kernels, "load", lambda family, variant, architecture: loaded.append(variant) or (lambda *_: None))
+    monkeypatch.setattr(cuda.kernels, "device_architecture", lambda index: "sm_90a")
+    cuda._kernel.cache_clear()
+    try:
+        kinds = [("single", False), ("split", False), ("single", True)]
+        cases = [Case(2, T, 32, "bfloat16", pool, more) for T in (1, 3) for pool, more in kinds]
+        for case in (*cases, Case(1, 2, 16, "float32"), Case(8, 2, 16, "float32")):
+            for norm in (False, True):
+                PROVIDERS["plugin-norm" if norm else "plugin"].prepare(cpu_inputs(case))(1)
+                assert loaded[-1] == gdn.variant(case, norm)
+    finally:
+        cuda._kernel.cache_clear()
 
 
 def test_plan_of_options():
     cells = plan(Options(batch=(3,), tokens=(1, 2), heads=(64,), state=("bfloat16",), providers=("triton", "flashinfer")))
-    assert cells == [(Case(3, 1, 64, "bfloat16"), ("triton", "flashinfer"))]  # neither has speculative rows
+    case = Case(3, 1, 64, "bfloat16")
+    assert cells == [(case, ("triton",)), (case, ("flashinfer",))]  # neither has speculative rows
+    asked = {case for case, _ in plan(Options(batch=(3,), tokens=(7,), heads=(16,), state=("bfloat16",), providers=("plugin",)))}
+    assert asked == {Case(3, 7, 16, "bfloat16", pool, more) for pool, more in (("single", False), ("split", False), ("single", True))}
     assert {(c.B, c.T, c.HV) for c, _ in plan(Options(quick=True))} == {(B, T, 32) for B in (1, 64) for T in (1, 4)}
     assert plan(Options(tokens=(2,), providers=("triton",))) == []
 
 
-@pytest.mark.parametrize(("case", "needed"), [(Case(4, 1, 16, "float32"), (73, 0)), (Case(4, 8, 16, "float32"), (289, 0))])
-def test_slots_needed(case, needed):
+def test_slots_needed():
     """Nine calls of four rows, with room for a copy of as much from one half to the other."""
-    assert gdn.slots_needed(case, 8) == needed
-    assert gdn.slots_needed(Case(4, 1, 16, "float32", pool="split"), 8) == (73, 37)
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert gdn.slots_needed(Case(4, 1, 16, "float32")) == (73, 0)
+    assert gdn.slots_needed(Case(4, 8, 16, "float32")) == (289, 0)
+    assert gdn.slots_needed(Case(4, 1, 16, "float32", pool="split")) == (73, 37)
+    assert gdn.slots_needed(Case(4, 3, 16, "float32", pool="split")) == (109, 109)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +134,7 @@ def test_row():
     case = Case(64, 1, 32, "float32")  # 256 MiB, so 67.1 us at 4 TB/s
     assert stored(100.0, case, copy_us=70.0) == {
         "B": 64, "T": 1, "HV": 32, "HQ": 16, "state_dtype": "float32", "pool": "single", "intermediates": False, "provider": "plugin",
-        "us": 100.0, "TB_s": 2.6844, "copy_fraction": 0.6711, "copy_us": 70.0,
+        "us": 100.0, "TB_s": 2.6844, "TFLOP_s": 2.3488, "copy_fraction": 0.6711, "copy_us": 70.0,
     }  # fmt: skip
 
 
@@ -102,7 +149,7 @@ def a_result() -> dict:
     ]  # fmt: skip
     ceilings = {"copy_TB_s": 4.0, "empty_us": 2.0}
     stamp_ = {"device": "NVIDIA H200", "date": "2026-01-01T00:00:00+00:00", "kernel_hash": "0" * 16}
-    return {"stamp": stamp_, "ceilings": ceilings, "rows": rows, "missing": {}, "skipped": []}
+    return {"stamp": stamp_, "ceilings": ceilings, "rows": rows, "missing": {}, "skipped": [], "dropped": [], "seconds": 1.0}
 
 
 def test_summary():
@@ -148,19 +195,33 @@ def cpu_inputs(case: Case) -> Inputs:
 
 def torch_ops(x: Inputs):
     layout = PoolLayout.of(x.pool)
+    split = x.case.pool == "split"
 
     def launch(i: int) -> torch.Tensor:
         if x.case.T == 1:
             slots = from_vllm_decode(x.table[i][:, 0], x.case.B, layout)
         else:
             slots = from_vllm_spec(x.table[i], x.accepted[i], x.cu, layout, check=True)
-        return op.gdn_decode(x.qkv[i], x.a[i], x.b[i], x.A_log, x.dt_bias, x.pool, slots, intermediate=x.intermediate[i])
+        kept = x.pool.clone() if split else None
+        out = op.gdn_decode(x.qkv[i], x.a[i], x.b[i], x.A_log, x.dt_bias, x.pool, slots, intermediate=x.intermediate[i])
+        if split:  # the ops know one pool: its new states are moved to the other
+            x.write_pool[x.write[i].long()] = x.pool[x.table[i].long()]
+            x.pool.copy_(kept)
+        return out
 
     return launch
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_comparison_of_a_split_pool(T):
+    x = cpu_inputs(Case(3, T, 16, "float32", pool="split"))
+    provider, launch = Provider(torch_ops, max_tokens=8), torch_ops(x)
+    assert wrong(x, launch, provider) is None
+    assert "states" in wrong(x, lambda i: [launch(i), x.write_pool.mul_(1.05)][0], provider)
+
+
 @pytest.mark.parametrize("state", gdn.STATES)
-@pytest.mark.parametrize(("T", "intermediates"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(("T", "intermediates"), [(1, False), (1, True), (3, False), (3, True)])
 def test_comparison_takes_what_is_right_and_nothing_else(state, T, intermediates):
     x = cpu_inputs(Case(3, T, 16, state, intermediates=intermediates))
     provider, launch = Provider(torch_ops, max_tokens=8), torch_ops(x)
@@ -186,6 +247,7 @@ def test_each_call_has_slots_of_its_own_and_aligned_inputs():
     slots = torch.cat([table.flatten() for table in x.table]).tolist()
     assert len(set(slots)) == len(slots) == 24 and 0 not in slots
     assert all(1 <= int(n) <= 4 for accepted in x.accepted for n in accepted)
+    assert all(torch.equal(wide, table) and wide.stride(0) == 8 for wide, table in zip(x.wide_table, x.table, strict=True))
     base = x._arenas["tables"].data_ptr()
     assert all((table.data_ptr() - base) % 512 == 0 for table in (*x.table, *x.accepted))
     q, k, v = x.qkv_apart[1]
@@ -247,8 +309,8 @@ def no_gpu_needed(monkeypatch):
         def __init__(self, device) -> None:
             pass
 
-        def time(self, launch, warm=()) -> float:
-            launch(1)
+        def time(self, launch, warm=(), launches=1) -> float:
+            launch(launches)
             return 10.0 + 0 * sum(int(tensor.sum()) for tensor in warm)
 
         def empty_us(self) -> float:
@@ -283,13 +345,13 @@ def test_run(no_gpu_needed, monkeypatch):
     options = Options(batch=(1, 2, 3), tokens=(1, 2), heads=(16,), state=("float32",), providers=(*mine, "sglang-cutedsl"))
     *_, result = gdn.run(options, torch.device("cpu"), say=lines.append)
 
-    rows = {(r["provider"], r["T"], r["B"], r["pool"]): r for r in result["rows"]}
+    rows = {(r["provider"], r["T"], r["B"], r["pool"]): r for r in result["rows"] if not r["intermediates"]}
     fits = [(T, B, "single") for T in (1, 2) for B in (1, 2)] + [(1, 3, "single")]
     assert set(rows) >= {(name, *case) for name in ("plugin", "triton-spec") for case in fits}
     assert {name for name, *_ in rows} == {"plugin", "triton-spec"}
-    assert rows["plugin", 1, 2, "single"] | {"TB_s": 0, "copy_fraction": 0} == {
+    assert rows["plugin", 1, 2, "single"] | {"TB_s": 0, "TFLOP_s": 0, "copy_fraction": 0} == {
         "B": 2, "T": 1, "HV": 16, "HQ": 16, "state_dtype": "float32", "pool": "single", "intermediates": False, "provider": "plugin",
-        "us": 10.0, "TB_s": 0, "copy_fraction": 0, "copy_us": 9.0,
+        "us": 10.0, "TB_s": 0, "TFLOP_s": 0, "copy_fraction": 0, "copy_us": 9.0,
     }  # fmt: skip
     assert rows["plugin", 2, 2, "single"]["copy_us"] is None
     missing = result["missing"]
@@ -302,7 +364,34 @@ def test_run(no_gpu_needed, monkeypatch):
     timed_or_named = {(r["T"], r["B"], r["pool"]) for r in (*result["rows"], *result["skipped"]) if r["provider"] == "plugin"}
     assert timed_or_named == {(c.T, c.B, c.pool) for c, _ in plan(options)}
     assert any(line.startswith("T=1 B=2 HV=16 float32 single: plugin 10.00") for line in lines)
+    assert {r["T"] for r in result["rows"] if r["intermediates"]} == {1, 2} and result["dropped"] == []
     report.summary({"stamp": {}, **result})
+
+
+def test_a_run_ends_when_its_time_is_up(no_gpu_needed, monkeypatch):
+    """What was timed by then is whole, and what was not is named; results are handed out to be written on the way."""
+    now = [0.0]
+    monkeypatch.setattr(gdn.time, "monotonic", lambda: now[0])
+
+    def slow(x):
+        now[0] += 6.0
+        return torch_ops(x)
+
+    for name in ("plugin", "triton-spec"):
+        monkeypatch.setitem(PROVIDERS, name, Provider(slow, max_tokens=8))
+    options = Options(batch=(1,), tokens=(1, 2), heads=(16, 32), state=("float32",), providers=("plugin", "triton-spec"), seconds=15)
+    seen = []
+    for part in gdn.run(options, torch.device("cpu"), say=lambda line: None):
+        seen.append(len(part["rows"]))
+        result = part
+    found = [(r["T"], r["HV"], r["provider"]) for r in result["rows"]]
+    assert found == [(1, 16, "plugin"), (1, 32, "plugin"), (2, 16, "plugin"), (2, 16, "triton-spec")]
+    assert seen == [2, 4, 4] and result["seconds"] == 24.0
+    cells = plan(options)
+    assert len(result["dropped"]) == len(cells) - 3
+    left = {"B": 1, "T": 2, "HV": 32, "HQ": 16, "state_dtype": "float32", "pool": "split", "intermediates": False, "providers": ["plugin"]}
+    assert left in result["dropped"]
+    assert result["missing"] == {}
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------------------
@@ -325,6 +414,7 @@ def refused(*arguments: object) -> str:
         (("--heads", "24"), "--heads: found '24'; allowed: 16, 32, 48, 64, 128"),
         (("--state", "fp32"), "--state: found 'fp32'; allowed: float32, bfloat16"),
         (("--providers", "plugin,cutlass"), "--providers: found 'cutlass'; allowed: plugin, plugin-norm, triton"),
+        (("--seconds", "0"), "--seconds: found 0.0; allowed: more than 0"),
         (("--plot", "a.txt"), "--plot: found 'a.txt'; allowed: a file's name that ends in .png"),
         (("--out", "."), "--out: found '.', which is a folder"),
         (("--tokens", "2", "--providers", "triton"), "no case that the chosen providers serve"),
