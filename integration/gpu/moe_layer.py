@@ -1,10 +1,11 @@
 """On a Hopper GPU: vLLM's MoE layer on this package's kernels, from a checkpoint's tensors to replayed CUDA graphs.
 
-    python integration/gpu/moe_layer.py [--format compressed-tensors] [--activation relu2] [--experts 128 --top-k 8 ...]
+    python integration/gpu/moe_layer.py [--format compressed-tensors] [--activation relu2] [--modular] [--experts 128 --top-k 8 ...]
 
 Builds the layers as vLLM does, loads random tensors, and holds what they compute to the float32 reference; then whether a graph replayed on
 other routings gives the bits of eager calls, and what loading took: memory beyond the weights, seconds a billion weights, and what
-the calls allocate.  Prints one JSON object; exits 1 where something is wrong.
+the calls allocate.  ``--modular`` calls the kernels through vLLM's modular kernel, as where tokens move between ranks; here they do not.
+Prints one JSON object; exits 1 where something is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SCHEMES = {
         "ignore": ["lm_head"],
     },
 }
-NAMES = {"silu": ("gate_proj", "up_proj"), "relu2": ("up_proj",)}
+NAMES = {"silu": ("gate_proj", "up_proj"), "swigluoai": ("gate_proj", "up_proj"), "relu2": ("up_proj",)}
 """The matrices beside down_proj."""
 TOKENS = (1, 2, 7, 64, 300, 2048)
 BOUND = 4e-3
@@ -113,8 +114,11 @@ def build(options: argparse.Namespace, index: int):
 
     from moe_backend_plugin.engines.vllm.quantization import Nvfp4CuteDslConfig
 
-    # As vLLM's models with such experts (Nemotron-H) build them.
-    ungated = {"activation": activation_without_mul("relu2"), "ckpt_names": ("up_proj", "down_proj", None)}
+    # As vLLM's models with such experts build them: Nemotron-H; and those whose checkpoints have gates and ups apart.
+    special = {
+        "relu2": {"activation": activation_without_mul("relu2"), "ckpt_names": ("up_proj", "down_proj", None)},
+        "swigluoai": {"activation": "swigluoai_uninterleave", "swiglu_alpha": 1.702, "swiglu_beta": 1.0, "swiglu_limit": 7.0},
+    }
     with torch.device("cuda"):
         return FusedMoEFactory(
             num_experts=options.experts,
@@ -125,8 +129,22 @@ def build(options: argparse.Namespace, index: int):
             renormalize=True,
             quant_config=Nvfp4CuteDslConfig.from_config(SCHEMES[options.format]),
             prefix=f"model.layers.{index}.mlp.experts",
-            **(ungated if options.activation == "relu2" else {}),
+            **special.get(options.activation, {}),
         )
+
+
+def make_modular(layer: torch.nn.Module) -> None:
+    """Have a loaded layer's calls go through vLLM's modular kernel, with the transport that moves nothing."""
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+    from vllm.model_executor.layers.fused_moe import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.prepare_finalize import make_moe_prepare_and_finalize_no_dp_ep
+
+    from moe_backend_plugin.engines.vllm.moe_cuda import HopperExperts
+
+    method = layer.quant_method
+    method.moe_quant_config = FusedMoEQuantConfig.make(g1_alphas=layer.w13_scale_2, g2_alphas=layer.w2_scale_2, weight_dtype="nvfp4")
+    experts = HopperExperts(layer.moe_config, method.moe_quant_config, method.problem)
+    method.moe_kernel = mk.FusedMoEKernel(make_moe_prepare_and_finalize_no_dp_ep(False), experts)
 
 
 def batch(options: argparse.Namespace, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,6 +159,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--format", choices=SCHEMES, default="modelopt")
     parser.add_argument("--activation", choices=NAMES, default="silu")
+    parser.add_argument("--modular", action="store_true", help="the experts of vLLM's modular kernel")
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     torch.cuda.set_device(0)
@@ -170,6 +189,9 @@ def main() -> None:
         }
         if report["load"]["extra_bytes"] > layer_bytes or report["load"]["seconds_per_billion_weights"] > 0.5:
             report["wrong"].append("load")
+        if options.modular:
+            for runner in runners:
+                make_modular(runner.routed_experts)
 
         def forward(x: torch.Tensor, logits: torch.Tensor, runner=runners[0]) -> torch.Tensor:
             with set_forward_context(None, config, num_tokens=x.shape[0]):

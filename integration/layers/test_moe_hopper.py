@@ -394,3 +394,84 @@ def test_tokens_of_other_ranks_come_through_vllms_modular_kernel(vllm_config, ke
     if gathered:
         assert asked == [{"routing_tables": None, "allow_new_interface": True}]
         assert any("NVFP4 experts get their tokens through" in line for line in log)
+
+
+# --- shared experts ----------------------------------------------------------------------------------------------------------------------
+
+
+class Shared(torch.nn.Module):
+    """What every token passes, whatever its router says."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.events.append("shared")
+        return x * 0.5
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_shared_experts_run_when_vllm_says(vllm_config, kernels, monkeypatch, overlapped):
+    """The runner has them, and starts them on a stream of its own before the router; the method is handed them and leaves them alone."""
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.runner import shared_experts as vllms
+
+    tensors, _ = experts()
+    events: list[str] = []
+    routed = run(vllm_config, build(vllm_config), tensors, *inputs())
+    runner = build(vllm_config, shared_experts=Shared(events))
+    shared, method = runner.shared_experts, runner.routed_experts.quant_method
+    assert isinstance(shared, vllms.SharedExperts)
+    # Either would take the overlap from the runner: a kernel that asks for scores, and one that runs shared experts itself.
+    assert not method.is_monolithic and not method.mk_can_overlap_shared_experts
+
+    # Streams are a GPU's; which side of the experts vLLM waits on is what shows here.
+    def begin(x: torch.Tensor) -> bool:
+        events.append("begin")
+        shared._output[0] = shared._layer(x)
+        return True
+
+    if overlapped:
+        monkeypatch.setattr(shared, "maybe_forward_async", begin)
+        monkeypatch.setattr(shared, "_determine_shared_experts_order", lambda x: vllms.SharedExpertsOrder.MULTI_STREAM_OVERLAPPED)
+        monkeypatch.setattr(shared, "wait", lambda: events.append("wait"))
+    handed = []
+
+    def apply(*arguments, right=method.apply, **named):
+        events.append("experts")
+        handed.append((arguments, named))
+        return right(*arguments, **named)
+
+    monkeypatch.setattr(method, "apply", apply)
+    out = run(vllm_config, runner, tensors, *inputs())
+    assert events == (["begin", "shared", "experts", "wait"] if overlapped else ["shared", "experts"])
+    ((arguments, named),) = handed
+    assert any(value is shared for value in (*arguments, *named.values()))
+    x, _ = inputs()
+    assert torch.equal(out, x * 0.5 + routed)
+
+    # Through vLLM's modular kernel too, where tokens go no further than this rank.
+    method.moe_kernel = modular(runner.routed_experts, method.problem)
+    assert not method.mk_can_overlap_shared_experts
+    events.clear()
+    with set_forward_context(None, vllm_config, num_tokens=x.shape[0]):
+        assert torch.equal(runner(x.clone(), inputs()[1]), out)
+    assert events == (["begin", "shared", "experts", "wait"] if overlapped else ["shared", "experts"])
+
+
+def test_vllm_overlaps_shared_experts_of_a_layer_of_this_package(vllm_config, kernels, monkeypatch):
+    """On a GPU, where there is a second stream, up to the number of tokens that vLLM sets."""
+    from vllm import envs
+    from vllm.model_executor.layers.fused_moe.runner import shared_experts as vllms
+
+    tensors, _ = experts()
+    runner = build(vllm_config, shared_experts=Shared([]))
+    run(vllm_config, runner, tensors, *inputs())
+    shared = runner.shared_experts
+    monkeypatch.setattr(type(vllms.current_platform), "is_cuda_alike", lambda self: True)
+    monkeypatch.setattr(shared, "_stream", object())
+    few = envs.VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD
+    order = vllms.SharedExpertsOrder
+    assert shared._determine_shared_experts_order(torch.empty(few, 1)) is order.MULTI_STREAM_OVERLAPPED
+    assert shared._determine_shared_experts_order(torch.empty(few + 1, 1)) is order.NO_OVERLAP

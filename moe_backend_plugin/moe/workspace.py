@@ -185,7 +185,8 @@ class Arena:
 
     An adapter sizes it once at start, on the stream that it will use, for the largest call. It grows if a larger call comes all
     the same, but never during graph capture: memory taken there would belong to the graph. What it had before growing it
-    keeps for good, because graphs captured until then hold addresses in it; so growing costs the sum of all sizes.
+    keeps for good if any call took :meth:`views` of it, because graphs captured until then hold addresses in it; so growing costs the
+    sum of the sizes that were used. Sizes that were only asked for, as models with several kinds of layers do at start, cost nothing.
 
     Nothing in it lasts from one call to the next: what kernels read there, the same call wrote. So an engine that sleeps may give up
     the contents, as it does with all that was allocated while the model was loaded.
@@ -199,6 +200,8 @@ class Arena:
         self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self.retired: list[Tensor] = []
         self._views: dict[Plan, dict[str, Tensor]] = {}
+        self._used = False
+        """Whether views of the buffer were ever taken."""
 
     @classmethod
     def get(cls, device: torch.device, bytes: int = 0, stream: int | None = None) -> Arena:
@@ -239,9 +242,9 @@ class Arena:
         # A buffer made in inference mode could not be written outside of it later.
         with torch.inference_mode(False):
             new = torch.empty(bytes, dtype=torch.uint8, device=self.device)
-        if self.bytes:
+        if self._used:
             self.retired.append(self.buffer)
-        self.buffer, self._views = new, {}
+        self.buffer, self._views, self._used = new, {}, False
 
     def views(self, plan: Plan) -> dict[str, Tensor]:
         """Every region of ``plan`` by name, made once: calls with the same plan get the same tensors until the arena grows.
@@ -260,6 +263,7 @@ class Arena:
             raise RuntimeError(f"{self.name}: found {self.bytes:,} bytes; allowed: {plan.bytes:,} or more for {plan.tokens} tokens")
         if len(self._views) >= _PLANS:
             self._views.clear()
+        self._used = True
         with torch.inference_mode(False):
             views = {r.name: self.buffer[r.offset : r.offset + r.bytes].view(r.dtype).view(r.shape) for r in plan.regions}
         self._views[plan] = views

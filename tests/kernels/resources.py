@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
 from itertools import product
@@ -53,17 +53,19 @@ def missing() -> str | None:
 
 
 def gdn_variants() -> list:
-    """Every variant that a server can launch at one head ratio, and one of each of the others, at the other ratios."""
+    """Every variant that a server can launch at one head ratio, in vLLM (drafts), in SGLang (verify), and one of each of the others, at
+    the other ratios."""
     import torch
 
-    from moe_backend_plugin.gdn.cuda import Layer
+    from moe_backend_plugin.gdn.cuda import Layer, tiles
     from moe_backend_plugin.kernels.gdn_decode import Variant
 
-    bf16 = torch.bfloat16
+    bf16, fp16 = torch.bfloat16, torch.float16
     layers = [
-        Layer(torch.float32, bf16, bf16, heads_per_group=2),
-        Layer(bf16, bf16, bf16, heads_per_group=2),
         Layer(torch.float32, bf16, bf16, heads_per_group=2, norm="silu"),
+        Layer(bf16, bf16, bf16, heads_per_group=2, norm="silu"),
+        Layer(torch.float32, fp16, fp16, heads_per_group=2),
+        Layer(fp16, fp16, fp16, heads_per_group=2),
     ]
     others = [
         Variant(heads_per_group=1, split=True, write="last"),
@@ -72,28 +74,59 @@ def gdn_variants() -> list:
         Variant(heads_per_group=8, ragged=True, write="none", intermediate=True, state="bfloat16", index="int64"),
         Variant(norm="sigmoid", norm_weight="float32", state="bfloat16"),
     ]
-    return list(dict.fromkeys([v for layer in layers for v in layer.variants(speculative=True)] + others))
+    found = [v for layer in layers for v in layer.variants(speculative=True, verify=True)]
+    # Rows with drafts get their norm from another kernel in servers; the op gives it to whoever asks.
+    drafts = {"write": "each", "accepted": True}, {"write": "none", "intermediate": True}
+    for layer, mode in product((layer for layer in layers if layer.norm), drafts):
+        found += [layer.variant(tile, ragged=True, **mode) for tile in tiles(layer.state.itemsize, True)]
+    return list(dict.fromkeys(found + others))
 
 
 MAX_TOKENS, MULTIPROCESSORS = 16384, 132
 
 
+def tuned() -> Iterator[tuple[Any, Any, list]]:
+    """(problem, type of its tokens, tactics) of what the package brings for Hopper."""
+    import torch
+
+    from moe_backend_plugin.moe import tactic_cache, tactics
+
+    for file in sorted(tactic_cache.SHIPPED.glob("*.json")):
+        for entry in tactic_cache.read(file):
+            if entry["stamp"]["kernel"].startswith("flashinfer"):  # a Blackwell device's
+                continue
+            found = list(dict.fromkeys(tactics.parse(bucket["tactic"]) for bucket in entry["buckets"].values()))
+            yield tactic_cache.problem_of(entry["problem"]), getattr(torch, entry["problem"]["tokens"]), found
+
+
 def gemm_variants() -> list:
-    """Every variant that the benchmark's models and a dense layer can launch with bf16 tokens, and the smallest and largest tiles of what
-    they leave out."""
+    """Every variant that the benchmark's models and a dense layer can launch with bf16 tokens, by the heuristic or as tuned, and on a rank
+    of several; those of one model with fp16 tokens, and with relu2; and the smallest and largest tiles of what they leave out."""
     import torch
 
     from moe_backend_plugin.bench.moe import MODELS
     from moe_backend_plugin.linear import cuda as linear
-    from moe_backend_plugin.moe.cuda import variants
+    from moe_backend_plugin.moe.cuda import Ids, variants, variants_of
     from moe_backend_plugin.moe.problem import Activation, MoEProblem
 
     bf16, fp16 = torch.bfloat16, torch.float16
     silu, relu2 = Activation(), Activation("relu2")
-    found = [v for model in MODELS.values() for v in variants(model.problem, bf16, MAX_TOKENS, MULTIPROCESSORS)]
+    qwen = MODELS["qwen3-30b-a3b"].problem
+    here, mapped = Ids(), Ids(mapped=True)
+    found = [
+        v for model in MODELS.values() for ids in (here, mapped) for v in variants(model.problem, bf16, MAX_TOKENS, MULTIPROCESSORS, ids)
+    ]
+    found += [
+        v for problem, tokens, own in tuned() for tactic in own for ids in (here, mapped) for v in variants_of(problem, tokens, tactic, ids)
+    ]
+    # The engines' ids are int32; others may call the op with int64.
+    for ids in (Ids(torch.int64), Ids(torch.int64, mapped=True)):
+        found += [v for v in variants(qwen, bf16, MAX_TOKENS, MULTIPROCESSORS, ids) if v.pairs == 32 or v.mapped]
+    found += variants(qwen, fp16, MAX_TOKENS, MULTIPROCESSORS)
+    found += variants(MoEProblem(128, 128, 2048, 768, 8, relu2), bf16, MAX_TOKENS, MULTIPROCESSORS)
     for problem, tokens in (
-        (MoEProblem(128, 128, 2048, 768, 8, silu), fp16),
-        (MoEProblem(128, 128, 2048, 768, 8, relu2), bf16),
+        (MoEProblem(128, 128, 2048, 768, 8, relu2), fp16),
+        (MODELS["minimax-like"].problem, fp16),
         (MoEProblem(128, 128, 2048, 768, 8, silu, apply_router_weight_on_input=True), bf16),
         (MoEProblem(128, 128, 2112, 704, 8, silu), bf16),  # ragged
     ):
@@ -306,7 +339,8 @@ def combine_columns(variant, code: Code) -> dict[str, int]:
 
 
 class Family(NamedTuple):
-    """``on_blackwell``: which variants are compiled for sm_100a too; a sample of those around moe_gemm, which is not made for it."""
+    """``on_blackwell``: which variants are compiled for sm_100a too; a sample of those around moe_gemm, which is not made for it, and of
+    gdn_decode those with bf16 tokens, as all its models have."""
 
     variants: Callable[[], list]
     columns: Callable[[Any, Code], dict[str, int]]
@@ -314,7 +348,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "gdn_decode": Family(gdn_variants, gdn_columns, lambda v: True),
+    "gdn_decode": Family(gdn_variants, gdn_columns, lambda v: v.tokens == "bfloat16"),
     "moe_gemm": Family(gemm_variants, gemm_columns, lambda v: False),
     "moe_route": Family(route_variants, route_columns, lambda v: v.mapped == (v.index == "int64")),
     "moe_combine": Family(combine_variants, combine_columns, lambda v: v.top_k in (5, 8, 10)),

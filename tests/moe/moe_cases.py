@@ -1,13 +1,16 @@
-"""Random MoE layers, routings, and a float64 loop that shares no code with the package's arithmetic."""
+"""Random MoE layers, routings, and a float64 loop that shares no code with the package's arithmetic; random problems for the Hopper
+kernels."""
 
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_backend_plugin.moe import cuda, tactics, tiles
 from moe_backend_plugin.moe.op import nvfp4_moe, prepare
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.reference import fused_moe
@@ -153,3 +156,137 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype | None = None) ->
     if got.numel():
         bound = _ULP[dtype] * want.abs().amax(-1, keepdim=True) + 1e-30
         assert ((got - want).abs() <= bound).all(), f"off by {((got - want).abs() / bound).max():.2f} bounds"
+
+
+# --- random problems for the Hopper kernels -------------------------------------------------------------------------------
+
+ACTIVATIONS = (
+    Activation("silu"),
+    Activation("silu", limit=1.5),
+    Activation("swigluoai", alpha=1.702, beta=1.0, limit=7.0),
+    Activation("relu2"),
+)
+ROUTINGS = ("even", "one expert", "duplicates", "out of range", "none here", "none local", "skewed")
+TOP_KS = (1, 2, 4, 6, 8, 10, 22, 32)
+"""Not all: the kernel that sums a token's experts is compiled for each."""
+KERNELS = 60
+"""Expert kernels that all problems of a run may need together: each takes seconds to compile, and there are hundreds."""
+WEIGHT_BYTES, MULTIPLY_ADDS, WORKSPACE_BYTES = 400e6, 5e11, 5e8
+"""Of one problem. More take a GPU longer than a few milliseconds."""
+_BF16, _FP16 = torch.bfloat16, torch.float16
+_KINDS = (  # activation, tokens, router weight on the input
+    (ACTIVATIONS[0], _BF16, False),
+    (ACTIVATIONS[0], _FP16, False),
+    (ACTIVATIONS[0], _BF16, True),
+    (ACTIVATIONS[1], _BF16, False),
+    (ACTIVATIONS[2], _BF16, False),
+    (ACTIVATIONS[2], _FP16, True),
+    (ACTIVATIONS[3], _BF16, False),
+    (ACTIVATIONS[3], _FP16, True),
+)
+_TURNS = ((8, 32), (8, 128), (8, 0), *((tile, 0) for tile in tiles.TILES))
+"""Tokens of a tile, and the most pairs that the kernels sort for themselves: which kernels calls are drawn for, one after the other."""
+_CORNERS = (  # experts here, experts, hidden, width, top_k, tokens
+    (1, 1, 16384, 8192, 1, 3),
+    (2, 64, 16384, 64, 22, 600),
+    (24, 24, 256, 8192, 6, 40),
+    (1024, 1024, 272, 64, 32, 50),
+    (64, 1024, 256, 80, 32, 2000),
+    (1, 2, 256, 64, 1, 1),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A problem, and a call of it. ``index``: type of the ids; ``mapped``: whether an expert map comes with them."""
+
+    problem: MoEProblem
+    dtype: torch.dtype
+    tokens: int
+    routing: str
+    index: torch.dtype
+    seed: int
+
+    @property
+    def mapped(self) -> bool:
+        return self.problem.num_local_experts < self.problem.num_experts
+
+    def kernels(self, multiprocessors: int) -> list[dict]:
+        """Fields of the variants of both expert kernels that the call launches."""
+        choice = tactics.chosen(self.problem, self.tokens, multiprocessors, self.dtype)
+        pairs = cuda.sorted_pairs(choice, self.tokens * self.problem.top_k)
+        ids = cuda.Ids(self.index, self.mapped)
+        both = ("gate_up", choice.gate_up), ("down", choice.down)
+        return [cuda.variant_fields(self.problem, use, shape, self.dtype, pairs, ids) for use, shape in both]
+
+
+def weight_bytes(problem: MoEProblem) -> float:
+    """Of the experts here, with their scales."""
+    return problem.num_local_experts * problem.hidden * (problem.w13_rows + problem.intermediate) * 0.5625
+
+
+def drawn(number: int, seed: int | str, multiprocessors: int, kernels: int = KERNELS) -> tuple[list[Drawn], list[dict]]:
+    """So many problems, corners of what is served in front, and the expert kernels that they need: ``kernels`` at most. Once there are so
+    many, calls that need another are drawn anew. Every size of tile has its turn."""
+    chance = random.Random(seed)
+    found: list[Drawn] = []
+    needed: dict[tuple, dict] = {}
+    met: dict[tuple[int, int], set] = {turn: set() for turn in _TURNS}
+    while len(found) < number:
+        corner = _CORNERS[len(found)] if len(found) < len(_CORNERS) else None
+        turn = _TURNS[len(found) % len(_TURNS)]
+        full = len(needed) > kernels - 2 and met[turn]
+        kind = chance.choice(sorted(met[turn]) if full else range(len(_KINDS)))
+        call = _draw(chance, _KINDS[kind], turn, corner)
+        both = call.kernels(multiprocessors)
+        own = {tuple(sorted(map(repr, fields.items()))): fields for fields in both}
+        served = both[0]["tile_tokens"], both[0].get("pairs", 0)
+        if (corner or served == turn) and len(needed | own) <= kernels:
+            needed |= own
+            met[served].add(kind)
+            found.append(call)
+    return found, list(needed.values())
+
+
+def _draw(chance: random.Random, kind: tuple, turn: tuple[int, int], corner: tuple[int, ...] | None) -> Drawn:
+    """With as many pairs, or as many tokens an expert, as suit the turn."""
+    activation, dtype, on_input = kind
+    tile, most = turn
+
+    def between(low: float, high: float) -> float:
+        return low * (high / low) ** chance.random()
+
+    def size(low: int, high: int) -> int:
+        step = chance.choice((16, 256))  # stages that are full, and columns that are not
+        return min(high, max(low, round(between(low, high) / step) * step))
+
+    while True:
+        if corner is None:
+            experts = round(between(4, 1024))
+            local = max(1, experts // chance.choice((1, 1, 2, 8, 16)))
+            hidden, width = size(256, 16384), size(64, 8192)
+            top_k = chance.choice([k for k in TOP_KS if k <= experts])
+            pairs = between(1, most) if most else between(tile / 8, 4 * tile) * experts
+            tokens = min(4096, max(1, round(pairs / top_k)))
+        else:
+            local, experts, hidden, width, top_k, tokens = corner
+        problem = MoEProblem(experts, local, hidden, width, top_k, activation, apply_router_weight_on_input=on_input)
+        pairs = tokens * top_k
+        work = pairs * hidden * (problem.w13_rows + width)
+        if weight_bytes(problem) > WEIGHT_BYTES or work > MULTIPLY_ADDS or pairs * (hidden + width) * 2 > WORKSPACE_BYTES:
+            continue
+        index = torch.int64 if chance.random() < 0.1 else torch.int32
+        return Drawn(problem, dtype, tokens, chance.choice(ROUTINGS), index, chance.randrange(1 << 30))
+
+
+def sample_rows(ids: list[list[int]], chance: random.Random, experts: int = 40, rows: int = 64) -> list[int]:
+    """Rows to hold to the reference, in order: one at least, and as many more as have few experts together, since the reference takes its
+    time for each."""
+    found: list[int] = []
+    met: set[int] = set()
+    for row in chance.sample(range(len(ids)), min(len(ids), rows)):
+        if found and len(met.union(ids[row])) > experts:
+            continue
+        found.append(row)
+        met.update(ids[row])
+    return sorted(found)

@@ -169,11 +169,34 @@ def test_one_arena_a_stream(device):
 
 
 def test_growth_keeps_what_a_graph_may_hold(device):
-    arena = Arena.get(CPU, 100)
-    old = arena.buffer
+    one, two = plan(SMALL, 1, Call(8)), plan(SMALL, 2, Call(8))
+    arena = Arena.get(CPU, one.bytes)
+    old, y = arena.buffer, arena.view(one, "y")
     address = old.data_ptr()
-    assert Arena.get(CPU, 300) is arena and arena.bytes == 300 and arena.held == 400
+    assert Arena.get(CPU, two.bytes) is arena and arena.bytes == two.bytes and arena.held == one.bytes + two.bytes
     assert arena.retired[0] is old and old.data_ptr() == address != arena.buffer.data_ptr()
+    assert y.untyped_storage().data_ptr() == address
+    # Nobody has used the second yet.
+    Arena.get(CPU, 3 * two.bytes)
+    assert len(arena.retired) == 1 and arena.held == one.bytes + 3 * two.bytes
+
+
+def test_growth_before_any_call_keeps_nothing(device):
+    """Layers of several kinds each ask for their own at start: the arena takes the largest, which is what the log's largest line says."""
+    for bytes in (1000, 1100, 700, 5000):
+        arena = Arena.get(CPU, bytes)
+    assert arena.bytes == arena.held == 5000 and not arena.retired
+
+
+def test_a_buffer_that_was_used_is_kept_even_if_its_views_were_dropped(device, monkeypatch):
+    monkeypatch.setattr(workspace, "_PLANS", 1)
+    plans = [plan(SMALL, tokens, Call(8)) for tokens in (1, 2, 3)]
+    arena = Arena.get(CPU, plans[-1].bytes)
+    for one in plans:
+        arena.views(one)
+    arena._views.clear()
+    Arena.get(CPU, arena.bytes + 1)
+    assert len(arena.retired) == 1 and arena.held == 2 * plans[-1].bytes + 1
 
 
 def test_capture(device):
