@@ -46,6 +46,7 @@ def tune(
     model: Annotated[str, typer.Argument(help="Folder of the model, or a shape of the benchmarks such as qwen3-30b-a3b, deepseek-v3.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens of the largest call, up to 131072: a server's largest batch.")] = 16384,
     sizes: Annotated[str | None, typer.Option(help="Further token counts to tune, e.g. a server's graphs: 24,40.")] = None,
+    coarse: Annotated[bool, typer.Option("--coarse", help="Only powers of two and --sizes: a third of the time.")] = False,
     ep: Annotated[int, typer.Option(min=1, help="Ranks that share out the experts; one of them is tuned here.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Which of these ranks, from 0.")] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Ranks that each hold a part of every expert.")] = 1,
@@ -99,6 +100,8 @@ def tune(
     path = out or tactic_cache.path_of(machine.kind)
     tactic_cache.refuse_unwritable(path)
     edges = edges_of(machine.kind.multiprocessors, family)
+    if coarse:  # buckets begin where they do otherwise, and calls between them are the heuristic's
+        edges = [edge for edge in edges if edge.bit_count() == 1 or edge in (*wanted, edges[-1])]
     held = _held(path, problem, tokens, machine.kind)
     missing = {edge for edge in edges if not (resume and str(edge) in held)}
     try:

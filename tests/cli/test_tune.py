@@ -82,6 +82,18 @@ def test_tunes_a_shape(gpu, tmp_path):
     assert tactic_cache.table(problem, dtype, KIND).of(9) == tactics.parse(entry["buckets"]["16"]["tactic"])
 
 
+def test_a_coarse_run_tunes_powers_of_two_and_what_is_named(gpu, tmp_path):
+    out = tmp_path / "coarse.json"
+    result = run("qwen3-30b-a3b", "--max-tokens", 20, "--sizes", 12, "--coarse", "--out", out)
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads(out.read_text())["entries"]
+    assert list(entry["buckets"]) == ["1", "2", "4", "8", "12", "16", "20"]
+    edges = gpu.asked[0][3]
+    assert [b["first"] for b in entry["buckets"].values()] == [
+        max((e for e in edges if e < n), default=0) + 1 for n in (1, 2, 4, 8, 12, 16, 20)
+    ]
+
+
 def test_tunes_a_model_folder_and_further_sizes(gpu, tmp_path):
     result = run(MODELS / "pycoder-moe-nvfp4", "--max-tokens", 24, "--sizes", "3,24", "--out", tmp_path / "t.json", "--dtype", "float16")
     assert result.exit_code == 0, result.output
