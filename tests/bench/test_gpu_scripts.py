@@ -170,10 +170,13 @@ def test_texts_are_compared_with_vllms(scripts):
         ({"as_vllm_16": 30, "as_vllm_64": 20}, True),
         ({"served_by": None}, False),
         ({"served_by": None, "provider": "sglang"}, True),
+        ({"drafts": 3}, False),  # nothing says who verifies them
+        ({"drafts": 3, "model": "pycoder-moe-nvfp4"}, True),
     ],
 )
 def test_bounds_of_a_text_row(scripts, change, expected):
-    row = {"provider": "cutedsl", "relative_perplexity": 0.001, "prompt_relative_perplexity": 0.0, "served_by": "cutedsl (x)"}
+    row = {"model": "pycoder-next-nvfp4", "provider": "cutedsl", "drafts": 0, "served_by": "cutedsl (x)"}
+    row |= {"relative_perplexity": 0.001, "prompt_relative_perplexity": 0.0}
     assert scripts.text.within(row | change) is expected
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_update_cpu
 from vllm.model_executor.layers.mamba.ops.cpu.gdn_attention import (
     _causal_conv1d_update_cpu,
     _conv_buffer_view,
@@ -102,19 +103,17 @@ def _with_drafts(
 def _conv(layer: QwenGatedDeltaNetAttention, x: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The convolution of one token a row: vLLM's own kernel where vLLM would call it, for the same bits as there.
 
-    That kernel has no null rule: a null row (slot 0) rolls the null block's buffer, which is nobody's.
+    vLLM has one for CPUs with bfloat16 instructions and one for others. The first has no null rule: a null row (slot 0) rolls the null
+    block's buffer, which is nobody's.
     """
-    native = torch.cpu._is_avx512_bf16_supported() or is_arm_bf16()
-    if native and pool.shape[-1] == layer.conv1d.weight.shape[-1] - 1:
-        return _causal_conv1d_update_cpu(
-            x=x.contiguous(),
-            conv_states=pool,
-            weight=layer.conv1d.weight,
-            bias=layer.conv1d.bias,
-            silu_activation=layer.activation == "silu",
-            conv_state_indices=indices,
-            is_weight_packed=True,
-        )
+    arguments = {"x": x.contiguous(), "bias": layer.conv1d.bias, "conv_state_indices": indices}
+    if pool.shape[-1] == layer.conv1d.weight.shape[-1] - 1:
+        if torch.cpu._is_avx512_bf16_supported() or is_arm_bf16():
+            silu = layer.activation == "silu"
+            return _causal_conv1d_update_cpu(
+                conv_states=pool, weight=layer.conv1d.weight, silu_activation=silu, is_weight_packed=True, **arguments
+            )
+        return causal_conv1d_update_cpu(conv_state=pool, weight=_conv_weight(layer), activation=layer.activation, **arguments)
     place = slots.from_vllm_decode(indices, len(indices), slots.PoolLayout.of(pool))
     return gdn_conv_update(x, pool, _conv_weight(layer), layer.conv1d.bias, place, activation=layer.activation)
 
