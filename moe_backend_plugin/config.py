@@ -96,8 +96,8 @@ class PluginConfig(BaseSettings):
     strict: bool = Field(False, description="stop with an error when this package cannot serve a layer, instead of using the engine's path")
     take_nvfp4_checkpoints: bool = Field(
         False,
-        description="serve NVFP4 checkpoints that name another method (modelopt, compressed-tensors) without --quantization; "
-        "only from the YAML file or the environment",
+        description="serve NVFP4 checkpoints that name another method (modelopt, compressed-tensors) without --quantization, "
+        "and in SGLang NVFP4 experts without --moe-backend; only from the YAML file or the environment",
     )
     checkpoint_check: Literal["full", "headers"] = Field(
         "full",

@@ -31,6 +31,7 @@ from stamp import gpu_stamp  # noqa: E402
 
 MODELS = ROOT / "integration/models"
 RESULTS = ROOT / "integration/bench/results"
+REPORT_SECONDS = 60
 NOISE = 0.13
 """Two steps of bfloat16 logits between 8 and 16: each of two runs may be off by one."""
 
@@ -212,8 +213,14 @@ class Load:
                 self.errors.append(f"{type(error).__name__}: {error}"[:300])
 
 
-async def run(model: Path, minutes: float, clients: int, connect: Callable[[], AbstractAsyncContextManager[Client]]) -> Load:
-    """The prompts alone, twice, then all clients for so many minutes."""
+async def run(
+    model: Path,
+    minutes: float,
+    clients: int,
+    connect: Callable[[], AbstractAsyncContextManager[Client]],
+    report: Callable[[Load, float], None],
+) -> Load:
+    """The prompts alone, twice, then all clients for so many minutes. ``report(load, minutes)`` is called now and then."""
     from moe_backend_plugin.cli.corpus import load_tokenizer, standard_library, windows
 
     dice = random.Random(0)
@@ -224,8 +231,16 @@ async def run(model: Path, minutes: float, clients: int, connect: Callable[[], A
         load = Load(client, prompts, lengths)
         for _ in range(2):
             await load.ask_alone()
-        until = time.monotonic() + 60 * minutes
-        await asyncio.gather(*(load.worker(seed, until) for seed in range(clients)))
+        begin = time.monotonic()
+
+        async def reports() -> None:
+            while True:
+                await asyncio.sleep(REPORT_SECONDS)
+                report(load, (time.monotonic() - begin) / 60)
+
+        reporting = asyncio.create_task(reports())
+        await asyncio.gather(*(load.worker(seed, begin + 60 * minutes) for seed in range(clients)))
+        reporting.cancel()
     return load
 
 
@@ -266,17 +281,16 @@ def record(
 ) -> None:
     """:func:`measure` for any engine: ``serve()`` starts its server. ``cached``: its clients count tokens that came from a cache, and
     none at all is an error."""
-    server = serve()
-    try:
-        load = asyncio.run(run(model, arguments.minutes, arguments.clients, connect))
-        alive = server.poll() is None
+
+    def store(load: Load, minutes: float) -> dict[str, Any]:
+        """What was seen until now, so that a run that is cut off has said something."""
         served = [line for line in arguments.log.read_text(errors="replace").splitlines() if " served by: " in line]
         row = {
             "model": model.name,
             "provider": arguments.provider,
             **cell,
             "dtype": arguments.dtype,
-            "minutes": arguments.minutes,
+            "minutes": round(minutes, 1),
             "clients": arguments.clients,
             "answers": load.done,
             "equal": load.equal,
@@ -287,12 +301,18 @@ def record(
             "aborted": load.aborted,
             "errors": len(load.errors),
             **({"cached_tokens": load.cached} if cached else {}),
-            "output_tok_s": round(load.tokens / (60 * arguments.minutes)),
+            "output_tok_s": round(load.tokens / (60 * minutes)),
             "served_by": sorted({line.split("] ")[-1] for line in served}),
         }
-        print(json.dumps(row), *load.errors[:3], flush=True)
-        # Before the server is asked to end, which may take a minute.
         arguments.out.write_text(json.dumps({"stamp": gpu_stamp(script, kernel), "ceilings": {}, "rows": [row]}, indent=1) + "\n")
+        return row
+
+    server = serve()
+    try:
+        load = asyncio.run(run(model, arguments.minutes, arguments.clients, connect, store))
+        alive = server.poll() is None
+        # Before the server is asked to end, which may take a minute.
+        print(json.dumps(store(load, arguments.minutes)), *load.errors[:3], flush=True)
     finally:
         stop(server)
     raise SystemExit(not alive or bool(load.errors or load.wrong) or (cached and not load.cached))

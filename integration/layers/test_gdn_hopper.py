@@ -208,37 +208,39 @@ def layer(drafts, monkeypatch):
 
 @pytest.fixture
 def prepared(drafts, gdn_cuda, monkeypatch):
-    """The kinds of kernels that layers asked for, where a GPU would compile them."""
+    """The kinds of kernels that layers asked for, where a GPU would compile them; of an engine that runs models as they are."""
+    from vllm.config import CompilationMode
+
     found = []
     monkeypatch.setattr(gdn_cuda.cuda, "prepare", lambda kinds, *_, **__: found.append(kinds) or 0)
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
-    monkeypatch.setattr(drafts.compilation_config, "splitting_ops", ["vllm::qwen_gdn_attention_core"])
+    monkeypatch.setattr(drafts.compilation_config, "mode", CompilationMode.NONE)
     return found
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("folded", [True, False])
-def test_a_graph_around_vllms_operator_is_not_loaded(drafts, gdn_cuda, layer, prepared, monkeypatch, fused, folded):
-    """The operator with the norm in it is this package's, and so is what takes the place of vLLM's fused one for drafts."""
+def test_a_graph_around_vllms_fused_kernel_is_not_loaded(drafts, gdn_cuda, layer, prepared, monkeypatch, fused, folded):
+    """vLLM's graph of a Qwen3.5 with drafts has another operator in it than this package's; without drafts both are the same. The norm is
+    folded in where nothing is compiled."""
+    from vllm.config import CompilationMode
+
     made = layer("engine")
     made.enable_fused_gdn_spec_decode = fused  # as the constructor decides on a GPU
-    monkeypatch.setattr(drafts.compilation_config.pass_config, "fuse_norm_quant", not folded)
+    if not folded:  # a compiler fuses the norm with what is around it
+        monkeypatch.setattr(drafts.compilation_config, "mode", CompilationMode.VLLM_COMPILE)
     before = drafts.compute_hash()
     assert gdn_cuda.prepare(made, drafts) == folded
     assert not made.enable_fused_gdn_spec_decode
-    assert (drafts.compute_hash() != before) == (fused or folded)
+    assert (drafts.compute_hash() != before) == fused
     assert extra_config(drafts) is None, "no settings, and no misspelling of them"
     assert prepared[0].norm == ("silu" if folded else "")
-    assert drafts.compilation_config.splitting_ops[1:] == (["vllm::moe_backend_plugin_gdn_gated"] if folded else [])
-    gdn_cuda.prepare(made, drafts)
-    assert len(drafts.compilation_config.splitting_ops) == 1 + folded, "one layer's entry is every layer's"
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_the_operator_gets_what_the_projections_made(drafts, gdn_cuda, layer, prepared, monkeypatch, interleaved):
     """q, k and v side by side, z as the gate, b and a apart: what vLLM's own code makes of either layout."""
     monkeypatch.setattr(gdn_cuda, "unsupported_reason", lambda *_: None)
-    monkeypatch.setattr(drafts.compilation_config.pass_config, "fuse_norm_quant", False)
     made = layer("cutedsl", interleaved)
     assert made._forward_method == made.forward_gated
     config, tokens = drafts.model_config.hf_config, 3
@@ -269,7 +271,6 @@ def test_a_batch_with_prefills_is_vllms_with_its_norm_behind_it(drafts, gdn_cuda
     from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
 
     monkeypatch.setattr(gdn_cuda, "unsupported_reason", lambda *_: None)
-    monkeypatch.setattr(drafts.compilation_config.pass_config, "fuse_norm_quant", False)
     made, calls = layer("cutedsl"), []
     context = SimpleNamespace(attn_metadata={made.prefix: SimpleNamespace(num_prefills=1, num_actual_tokens=3)})
     monkeypatch.setattr(gdn_cuda, "get_forward_context", lambda: context)

@@ -122,7 +122,7 @@ def validity(problem: MoEProblem, tactic: Choice) -> str | None:
     return None
 
 
-SHIPPED = (tiles.FEW, tiles.SOME, tiles.ALONE, *tiles.TILES.values())
+SHIPPED = (tiles.FEW, tiles.SOME, tiles.ALONE, *tiles.TILES.values(), *filter(None, map(tiles.narrow, tiles.TILES.values())))
 """What the heuristic can choose."""
 
 

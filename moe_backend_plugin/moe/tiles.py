@@ -70,6 +70,9 @@ TILES = {
     128: Shape(128, row_groups=2, row_blocks=2),
     144: Shape(144, row_groups=2, row_blocks=2, k_blocks=1),
 }
+NARROW_ROWS = 2 * ROWS
+"""Rows of the tiles that are taken where even pieces as small as that find a multiprocessor each: with few experts on a rank, more blocks
+stream weights at once."""
 COSTS = {8: 92, 16: 103, 32: 110, 48: 140, 64: 160, 80: 185, 96: 208, 112: 229, 128: 246, 144: 270}
 """Microseconds of both projections of a layer whose every expert has one tile of so many tokens (Qwen3-30B-A3B on an H200; from 96 tokens
 on 4 to 7 % more than measured there, as the recorded times of DeepSeek-V3's layer ask for)."""
@@ -84,6 +87,11 @@ SECOND = 0.08
 LARGE, LARGE_TILE = 384, 128
 """Mean tokens of an expert from which tiles of this size are taken without counting: the last tile of many no longer matters, and a tile
 with a path of half its size reads tokens in longer steps."""
+
+
+def narrow(shape: Shape) -> Shape | None:
+    """A tile of as many tokens by :data:`NARROW_ROWS` rows, or None where stages cannot be cut up for it."""
+    return None if shape.k_blocks % 2 else replace(shape, row_groups=NARROW_ROWS // ROWS, row_blocks=1)
 
 
 @dataclass(frozen=True)
@@ -154,15 +162,27 @@ def choose(problem: MoEProblem, tokens: int, multiprocessors: int) -> Choice:
             return ALONE
         return min(FEW, SOME, key=lambda shape: busiest(shape, active, rows, columns, multiprocessors))
 
-    if mean < FEW.tile_tokens and expected_tiles(mean, FEW.tile_tokens) <= 1 + SECOND:
-        return Choice(*(of_few(*projection) for projection in projections))
+    if mean < FEW.tile_tokens:
+        few = expected_tiles(mean, FEW.tile_tokens)
+        if few <= 1 + SECOND:
+            return Choice(*(of_few(*projection) for projection in projections))
+        if all(active * few * math.ceil(rows / SOME.rows) <= multiprocessors * SOME.blocks for rows, _ in projections):
+            return Choice(SOME, SOME)  # blocks that would be idle take the second tiles
+
+    def shape_of(tile: int, tiles: float, rows: int) -> Shape:
+        less = narrow(TILES[tile])
+        return less if less and tiles * math.ceil(rows / less.rows) <= multiprocessors else TILES[tile]
+
+    def shapes(tile: int) -> tuple[float, list[Shape]]:
+        tiles = active * expected_tiles(mean, tile)
+        return tiles, [shape_of(tile, tiles, rows) for rows, _ in projections]
 
     def us(tile: int) -> float:
-        tiles = active * expected_tiles(mean, tile)
-        return PACE[tile] * sum(busiest(TILES[tile], tiles, *projection, multiprocessors) for projection in projections)
+        tiles, found = shapes(tile)
+        parts = zip(found, projections, strict=True)
+        return PACE[tile] * sum(busiest(shape, tiles, *projection, multiprocessors) for shape, projection in parts)
 
-    shape = TILES[min(TILES, key=us)]
-    return Choice(shape, shape)
+    return Choice(*shapes(min(TILES, key=us))[1])
 
 
 @lru_cache(64)  # a server asks for its kernels, and again for its arena

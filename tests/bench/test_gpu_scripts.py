@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import sys
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,26 @@ def test_an_answer_may_be_the_one_that_resumed_from_the_cache(scripts):
     asyncio.run(ask())
     assert load.alone == [[first, resumed], [first, first]] and load.changed_by_cache == 1
     assert (load.equal, [entry[1] for entry in load.ties], [entry[1] for entry in load.wrong]) == (1, [1], [0])
+
+
+def test_a_run_that_is_cut_off_has_said_something(scripts, monkeypatch):
+    class Same:
+        async def answer(self, prompt, tokens):
+            await asyncio.sleep(0)
+            return scripts.load.Answer([5], [{5: -0.1}])
+
+        async def give_up(self, prompt, tokens, after):
+            await asyncio.sleep(0)
+
+    @asynccontextmanager
+    async def connect():
+        yield Same()
+
+    seen = []
+    monkeypatch.setattr(scripts.load, "REPORT_SECONDS", 0.02)
+    model = scripts.load.MODELS / "pycoder-moe-nvfp4"
+    load = asyncio.run(scripts.load.run(model, 0.15 / 60, 2, connect, lambda load, minutes: seen.append((load.done, minutes))))
+    assert len(seen) >= 2 and 0 < seen[0][0] < load.done and seen[0][1] < seen[-1][1] and load.equal == load.done
 
 
 def test_workers_note_errors_and_go_on(scripts):

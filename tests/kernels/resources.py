@@ -124,6 +124,9 @@ def gemm_variants() -> list:
         found += [v for v in variants(qwen, bf16, MAX_TOKENS, MULTIPROCESSORS, ids) if v.pairs == 32 or v.mapped]
     found += variants(qwen, fp16, MAX_TOKENS, MULTIPROCESSORS)
     found += variants(MoEProblem(128, 128, 2048, 768, 8, relu2), bf16, MAX_TOKENS, MULTIPROCESSORS)
+    found += variants(
+        dataclasses.replace(qwen, num_local_experts=8), bf16, MAX_TOKENS, MULTIPROCESSORS, mapped
+    )  # few experts: tiles of few rows
     for problem, tokens in (
         (MoEProblem(128, 128, 2048, 768, 8, relu2), fp16),
         (MODELS["minimax-like"].problem, fp16),

@@ -48,9 +48,16 @@ def short_of(rows, **allowed):
     return wrong
 
 
-def test_nothing_spills(found):
-    assert not short_of(found, spills=0)
-    assert not short_of({name: row for name, row in found.items() if "local_accesses" in row}, local_accesses=0)
+LONG_STAGES = "tile_tokens=144, row_groups=2, k_groups=1, row_blocks=2, stages=4"
+"""Tiles of 144 tokens in stages of two blocks: too long for the heuristic, but a tuner measured them faster all the same (a few registers
+are spilled at a tile's end), and so they may come from the tuned table."""
+
+
+def test_nothing_spills_that_the_heuristic_chooses(found):
+    kept = {name: row for name, row in found.items() if LONG_STAGES not in name}
+    assert not short_of(kept, spills=0)
+    assert not short_of({name: row for name, row in kept.items() if "local_accesses" in row}, local_accesses=0)
+    assert not short_of({name: row for name, row in found.items() if name not in kept}, spills=range(33))
 
 
 def test_state_moves_in_full_width(found):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe_backend_plugin.moe import cuda, route, tactics, tiles, workspace
 from moe_backend_plugin.moe.problem import Activation, MoEProblem
 from moe_backend_plugin.moe.tactic_cache import problem_of
+from moe_backend_plugin.moe.tiles import Choice
 
 BF16, FP16 = torch.bfloat16, torch.float16
 MULTIPROCESSOR_SHARED = 228 << 10
@@ -121,16 +122,24 @@ def test_active_experts(problem, tokens):
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
 def test_no_tactic_was_much_faster_than_what_is_chosen(file):
-    """Of all that were timed on a GPU."""
+    """Of all that were timed on a GPU. The projections are launches of their own, each timed in every shape beside one of the other, so
+    a pair that was not timed is the sum of its parts."""
     content = json.loads(file.read_text(encoding="utf-8"))
     problem = problem_of(content["problem"])
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[Choice, float]] = {}
     for row in content["rows"]:
         if row["condition"] == "unbiased":
-            found.setdefault(row["tokens"], {})[row["tactic"]] = statistics.mean(row["us"])
+            found.setdefault(row["tokens"], {})[tactics.parse(row["tactic"])] = statistics.mean(row["us"])
+
+    def of_parts(us: dict[Choice, float], wanted: Choice) -> float:
+        gate_ups, downs = ([one for one in us if getattr(one, use) == getattr(wanted, use)] for use in ("gate_up", "down"))
+        pairs = ((one, other, Choice(other.gate_up, one.down)) for one in gate_ups for other in downs)
+        return min(us[one] + us[other] - us[both] for one, other, both in pairs if both in us)
+
     for tokens, us in found.items():
-        chosen = us[tactics.name(tiles.choose(problem, tokens, content["multiprocessors"]))]
-        assert chosen <= min(us.values()) * 1.05, (tokens, chosen, min(us.values()))
+        wanted = tiles.choose(problem, tokens, content["multiprocessors"])
+        chosen = us[wanted] if wanted in us else of_parts(us, wanted)
+        assert chosen <= min(us.values()) * 1.05, (tokens, wanted, chosen, min(us.values()))
 
 
 def test_more_slots_than_experts_reach_them_all():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from vllm.compilation.breakable_cudagraph import eager_break_during_capture
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as vllm_gdn
@@ -48,7 +48,6 @@ def unsupported_reason(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: 
 
 NORM_WORK = 64
 """Rows x value heads up to which the decode kernel's own norm costs less than a launch behind it (integration/bench/NOTES.md)."""
-GATED = "moe_backend_plugin_gdn_gated"
 
 
 def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> bool:
@@ -57,13 +56,9 @@ def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig)
     kernels.use_cache_folder(plugin_config().kernel_cache)
     gated = _norm_can_be_folded(layer, vllm_config)
     # vLLM's fused kernel for drafts bypasses _forward_core, where this package comes in. It is of the traced graph.
-    if layer.enable_fused_gdn_spec_decode or gated:
+    if layer.enable_fused_gdn_spec_decode:
         layer.enable_fused_gdn_spec_decode = False
         name_graphs("gated-delta-net layers", "cutedsl")
-    splitting = vllm_config.compilation_config.splitting_ops
-    if gated and splitting and f"vllm::{GATED}" not in splitting:
-        # As vLLM's own op: what it does depends on a batch's metadata, so no piece of a graph may hold it.
-        splitting.append(f"vllm::{GATED}")
     norm = layer.norm
     kinds = cuda.Layer(
         state=layer.get_state_dtype()[1],
@@ -79,15 +74,15 @@ def prepare(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig)
 
 
 def _norm_can_be_folded(layer: vllm_gdn.QwenGatedDeltaNetAttention, vllm_config: VllmConfig) -> bool:
-    """Whether the layer's norm is the kernel's, and nothing that vLLM would fuse it with is lost."""
+    """Whether the layer's norm is the kernel's, and no compiler would fuse it with what is around it."""
     norm = layer.norm
     return (
-        norm.activation in ("silu", "sigmoid")
+        vllm_config.compilation_config.mode == CompilationMode.NONE
+        and norm.activation in ("silu", "sigmoid")
         and norm.norm_before_gate
         and norm.group_size in (None, layer.head_v_dim)
         and norm.bias is None
         and norm.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not vllm_config.compilation_config.pass_config.fuse_norm_quant
     )
 
 
@@ -159,7 +154,7 @@ def _gated(
     layer.core_gated(mixed_qkv, b, a, z, out)
 
 
-direct_register_custom_op(op_name=GATED, op_func=_gated, mutates_args=["out"])
+direct_register_custom_op(op_name="moe_backend_plugin_gdn_gated", op_func=_gated, mutates_args=["out"])
 
 
 @contextmanager
