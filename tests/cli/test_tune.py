@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,45 @@ def test_forces_a_tactic_and_resumes(gpu, tmp_path):
         int(edge): int(edge) <= 4 for edge in entry["buckets"]
     }
     assert "..8" in result.stdout and " 4 " in result.stdout
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = sys.argv[1:3]
+import test_tune
+from moe_backend_plugin.cli import tune
+from tuner_cases import FakeGpu, formula
+
+def machine(problem, *_):
+    us = formula(problem)
+    return tune.Machine(test_tune.KIND, problem, FakeGpu(lambda *call: time.sleep(0.001) or us(*call)).make)
+
+tune._machine = machine
+test_tune.app(["tune", "qwen3-30b-a3b", "--max-tokens", "64", "--out", sys.argv[3]])
+"""
+
+
+def test_a_run_that_is_killed_keeps_what_it_had(gpu, tmp_path):
+    out = tmp_path / "tactics.json"
+    folders = Path(__file__).parent, Path(__file__).parents[1] / "moe"
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, folders), str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def held() -> dict:
+        return {last: bucket for entry in tactic_cache.read(out) for last, bucket in entry["buckets"].items()}
+
+    deadline = time.monotonic() + 120
+    while len(held()) < 3 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    before = held()
+    child.kill()
+    child.wait()
+    kept = held()
+    assert len(before) >= 3 and before.items() <= kept.items()
+    result = run("qwen3-30b-a3b", "--max-tokens", 64, "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert kept.items() <= held().items() and set(held()) == set(map(str, gpu.asked[0][3]))
 
 
 def test_names_what_is_struck_out(gpu, tmp_path):

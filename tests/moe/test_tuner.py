@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,3 +288,15 @@ def test_a_warm_cache_favours_what_streams_the_weights_again():
     us = recorded({(16, "cold"): 110.0, (32, "cold"): 100.0, (16, "warm"): 60.0, (32, "warm"): 70.0})
     assert winner(QWEN, 200, us) == 32
     assert winner(QWEN, 200, us, Biases(warm_l2=True)) == 16
+
+
+def test_no_engine_tunes():
+    """A server uses what was tuned ahead of it; nothing in its process times a tactic."""
+    engines = Path(tuner.__file__).parents[1] / "engines"
+    files = sorted(engines.rglob("*.py"))
+    assert len(files) > 20
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any("tuner" in name.split(".") for name in names), f"{file}: line {node.lineno}"
