@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
+from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, held, results_folder, slug
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ("moe_gemm", "moe_route", "moe_combine", "gdn_decode")
@@ -120,16 +120,6 @@ def run(check: Check, seconds: float, tool: str | None = None) -> list[dict[str,
         row["last_lines"] = [line.replace(f"{ROOT}/", "") for line in said.splitlines()[-LINES:]]
     own = [] if check.tool else [entry for entry in figures if entry["check"] == check.figures]
     return [{**entry, "of": check.name, "result": row["result"]} for entry in own] + [row]
-
-
-def held(path: Path, stamp: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a file of the same kernels and device."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    same = all(found.get("stamp", {}).get(key) == stamp[key] for key in ("kernel_hash", "device"))
-    return found["rows"] if same else []
 
 
 def kept(rows: list[dict[str, Any]], check: Check) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import torch
 
 from moe_backend_plugin.bench import tactics as bench
 from moe_backend_plugin.bench.shared import release
-from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, results_folder, slug
+from moe_backend_plugin.bench.stamp import as_run, gpu_stamp, held, results_folder, slug
 from moe_backend_plugin.moe import balanced, tactics, tiles, tuner
 from moe_backend_plugin.moe.problem import MoEProblem
 from moe_backend_plugin.moe.tactic_cache import FAMILIES
@@ -65,16 +65,6 @@ def cell(layer: bench.Layer, found: list[tiles.Choice], tokens: int) -> dict[str
         "struck": struck,
         "by_tile": {str(tile): line for tile, line in sorted(by_tile.items())},
     }
-
-
-def held(path: Path, stamp: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a file of the same kernels and device."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    same = all(found.get("stamp", {}).get(key) == stamp[key] for key in ("kernel_hash", "device"))
-    return found["rows"] if same else []
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -78,6 +79,16 @@ def gpu_stamp(device: str, command: str, kernel: str | Sequence[str] = "gdn_deco
     the figure."""
     named = kernel if isinstance(kernel, str) else list(kernel)
     return {**stamp(device, driver_version()), "kernel": named, "kernel_hash": kernel_hash(named), "command": command}
+
+
+def held(path: Path, stamp: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a stored file whose stamp is of the same kernels and device, which a run that adds to it keeps."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    same = all(found.get("stamp", {}).get(key) == stamp[key] for key in ("kernel_hash", "device"))
+    return found["rows"] if same else []
 
 
 def kernel_hash(kernel: str | Sequence[str]) -> str:
