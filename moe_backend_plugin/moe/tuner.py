@@ -76,12 +76,12 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """margin: what a tactic must be slower by to count as slower; twice of it is the most that a tie may cost. rounds: the fewest and the
+    """margin: the most that a tie may cost; one bound for both, so that two runs seldom see it otherwise. rounds: the fewest and the
     most. hopeless: a tactic slower by these factors leaves after one round, two, three. finalists: how many stay once the fewest rounds
     are over, besides those that a tie would go to; what noise keeps from them is hardly faster than they are. replays: of each tactic
     when it is vetted."""
 
-    margin: float = 0.005
+    margin: float = 0.0075
     rounds: tuple[int, int] = (4, 40)
     hopeless: tuple[float, ...] = (1.2, 1.1, 1.05)
     finalists: int = 16
@@ -197,11 +197,11 @@ def race(
             alive = [tactic for tactic in alive if tactic in first or tactic in prefer]
         spans = {tactic: slower(tactic, best) for tactic in alive if tactic != best}
         alive = [tactic for tactic in alive if tactic == best or spans[tactic][0] <= margin]
-        # What is within twice the margin for sure is a tie; the others may be either, and run on.
-        tied = [tactic for tactic in alive if tactic == best or spans[tactic][1] <= 2 * margin]
+        # What is within the margin for sure is a tie; the others may be either, and run on.
+        tied = [tactic for tactic in alive if tactic == best or spans[tactic][1] <= margin]
         # Where nobody can be faster than the one that ties go to, by more than a tie may cost, the others' places change nothing.
         leader = next((tactic for tactic in prefer if tactic in alive), None)
-        if len(tied) == len(alive) or (leader and all(slower(leader, tactic)[1] <= 2 * margin for tactic in alive if tactic != leader)):
+        if len(tied) == len(alive) or (leader and all(slower(leader, tactic)[1] <= margin for tactic in alive if tactic != leader)):
             break
     else:
         # Still in doubt: the heuristic keeps its place, nobody else gains one.
